@@ -1,0 +1,163 @@
+"""Baseline against candidate on one workload: equivalence first, then interleaved timing, then the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from agnitra_lab.benchmark import stats
+from agnitra_lab.benchmark.equivalence import PrecisionTrack, Verified, verify
+from agnitra_lab.benchmark.inputs import redraw, shifted_copy
+from agnitra_lab.benchmark.outputs import fingerprints_match
+from agnitra_lab.benchmark.state import module_of
+from agnitra_lab.benchmark.timing import PairTimings, Side, time_pair
+from agnitra_lab.contracts.device import DevicePeaks
+from agnitra_lab.contracts.measurement import Comparison, Equivalence, Latency
+from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.device.info import device_of
+from agnitra_lab.errors import PatchError
+
+_SHORT_BUDGET_S, _SHORT_PAIRS = 0.5, 4
+# Share of the floor under which a time is a bug. A CPU's caches hold whole models, and its measured copy bandwidth
+# depends on who else uses the machine, so there only the absurd is refused.
+_FLOOR_SHARE = {"cuda": 0.95, "cpu": 0.2}
+
+
+def compare(
+    workload: Workload,
+    candidate: Callable[..., Any],
+    *,
+    candidate_name: str,
+    baseline: Callable[..., Any] | None = None,
+    baseline_name: str = "eager",
+    budget_s: float = 6.0,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    peaks: DevicePeaks | None = None,
+    floor_ms: float | None = None,
+    precision_track: PrecisionTrack = "exact",
+) -> Comparison:
+    """Compare a candidate with the baseline.
+
+    Args:
+        workload: model, inputs and what one call stands for.
+        candidate: takes the workload's inputs.
+        candidate_name: for the record.
+        baseline: what to compare with; the workload's model by default.
+        baseline_name: for the record.
+        budget_s: time for the timing loop; the equivalence check comes on top.
+        seeds: of the fresh inputs; the same sets are checked and timed.
+        peaks, floor_ms: measured ceilings, and the least time that they allow for this work.
+        precision_track: "exact", or "relaxed" when low precision was asked for by name.
+
+    Returns:
+        The comparison. A candidate that computes something else is timed in a short loop only, for the record.
+
+    Raises:
+        PatchError, UsageError: when the candidate, or the baseline, raises on the workload's inputs.
+    """
+    reference = baseline or workload.model
+    verified = verify(workload, candidate, baseline=reference, seeds=seeds, precision_track=precision_track)
+    timings = _time(workload, candidate, reference, verified, seeds, budget_s, candidate_name)
+    problems = _timed_problems(verified, timings, seeds) + _floor_problems(workload, timings, floor_ms)
+    equivalence = _with_problems(verified.equivalence, problems)
+    speedup = stats.paired_ratio(timings.baseline_ms, timings.candidate_ms)
+    noise = stats.chained_ratio(timings.baseline_ms)
+    baseline_latency = stats.latency(timings.baseline_ms, timings.baseline_device_ms)
+    candidate_latency = stats.latency(timings.candidate_ms, timings.candidate_device_ms)
+    return Comparison(
+        workload=workload.name,
+        baseline=baseline_name,
+        candidate=candidate_name,
+        baseline_latency=baseline_latency,
+        candidate_latency=candidate_latency,
+        speedup=speedup,
+        noise=noise,
+        baseline_items_per_second=_items_per_second(workload, baseline_latency),
+        candidate_items_per_second=_items_per_second(workload, candidate_latency),
+        item_unit=workload.item_unit,
+        equivalence=equivalence,
+        verdict=stats.verdict(speedup, noise, equivalence),
+        precision_track=precision_track,
+        floor_ms=floor_ms,
+        floor_reason=_floor_text(peaks) if floor_ms is not None else None,
+        seeds=tuple(seeds),
+    )
+
+
+def _time(
+    workload: Workload,
+    candidate: Callable[..., Any],
+    baseline: Callable[..., Any],
+    verified: Verified,
+    seeds: tuple[int, ...],
+    budget_s: float,
+    candidate_name: str,
+) -> PairTimings:
+    if not verified.is_runnable:
+        raise PatchError(f"Candidate {candidate_name!r} does not run: {verified.equivalence.problems[-1]}.")
+    input_sets = [redraw(workload, seed) for seed in seeds]
+    states = {"baseline": verified.baseline_state, "candidate": verified.candidate_state}
+
+    def reset(side: Side) -> None:
+        states[side].restore()
+
+    is_equivalent = verified.equivalence.is_equivalent
+    try:
+        return time_pair(
+            baseline,
+            candidate,
+            lambda index: shifted_copy(input_sets[index]),
+            device=device_of(module_of(workload.model), workload.args, workload.kwargs),
+            budget_s=budget_s if is_equivalent else min(budget_s, _SHORT_BUDGET_S),
+            min_pairs=12 if is_equivalent else _SHORT_PAIRS,
+            num_input_sets=len(input_sets),
+            reset=reset,
+        )
+    except Exception as error:
+        raise PatchError(
+            f"Candidate {candidate_name!r} passed the check and raised while it was timed ({error})."
+        ) from error
+    finally:
+        for state in states.values():
+            state.restore()
+
+
+def _timed_problems(verified: Verified, timings: PairTimings, seeds: tuple[int, ...]) -> list[str]:
+    """Hold each timed output of the candidate against its verified output on the same inputs."""
+    prints = [(input_set, timed) for side, input_set, timed in timings.prints if side == "candidate"]
+    num_wrong = sum(
+        not fingerprints_match(timed, verified.candidate_prints[seeds[input_set]], verified.rtols)
+        for input_set, timed in prints
+        if seeds[input_set] in verified.candidate_prints
+    )
+    return [f"timed outputs differ from the verified ones in {num_wrong} of {len(prints)} calls"] if num_wrong else []
+
+
+def _items_per_second(workload: Workload, latency: Latency) -> float:
+    return workload.items_per_call / latency.latency_ms_p50 * 1e3
+
+
+def _floor_problems(workload: Workload, timings: PairTimings, floor_ms: float | None) -> list[str]:
+    latency_ms = stats.latency(timings.candidate_ms).latency_ms_p50
+    device = device_of(module_of(workload.model), workload.args, workload.kwargs)
+    if floor_ms is None or latency_ms >= floor_ms * _FLOOR_SHARE[device.type]:
+        return []
+    figures = f"{latency_ms:.4g} ms, floor {floor_ms:.4g} ms"
+    return [f"faster than the device allows: measurement or candidate is wrong ({figures})"]
+
+
+def _with_problems(equivalence: Equivalence, problems: list[str]) -> Equivalence:
+    if not problems:
+        return equivalence
+    return equivalence.model_copy(update={"is_equivalent": False, "problems": equivalence.problems + tuple(problems)})
+
+
+def _floor_text(peaks: DevicePeaks | None) -> str:
+    if peaks is None:
+        return "bytes over bandwidth and FLOPs over peak, whichever is longer"
+    figures = []
+    if peaks.copy_bandwidth_gb_per_s is not None:
+        figures.append(f"{peaks.copy_bandwidth_gb_per_s:.0f} GB/s copied")
+    if peaks.gemm_tflop_per_s is not None:
+        figures.append(f"{peaks.gemm_tflop_per_s:.3g} TFLOP/s in {peaks.gemm_dtype}")
+    return "bytes and FLOPs over the measured peaks: " + ", ".join(figures)

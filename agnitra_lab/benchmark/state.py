@@ -1,0 +1,107 @@
+"""State that a module keeps between calls (a KV cache, a counter): captured, restored before each call, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+class ModuleState:
+    """Buffers, plain tensor attributes and plain numbers of a module, as they were when this object was made."""
+
+    def __init__(self, module: torch.nn.Module | None) -> None:
+        self._module = module
+        self._tensors = dict(_state_tensors(module))
+        self._initial = {name: tensor.detach().clone() for name, (tensor, _, _) in self._tensors.items()}
+        self._numbers = [(owner, dict(_plain_numbers(owner))) for owner in (module.modules() if module else ())]
+        self._written: set[str] | None = None
+
+    def limit_to(self, names: set[str]) -> None:
+        """Restore only these tensors from now on: what no call writes need not be copied before each call."""
+        self._written = names
+
+    def restore(self) -> None:
+        """Put the captured values back, into the same tensors."""
+        with torch.no_grad():
+            for name, (tensor, slots, key) in self._tensors.items():
+                slots[key] = tensor
+                if name in self._written if self._written is not None else self._differs(name):
+                    tensor.copy_(self._initial[name])
+        for owner, numbers in self._numbers:
+            vars(owner).update(numbers)
+
+    def _differs(self, name: str) -> bool:
+        # A copy of equal values would still advance the version counter, and a frozen candidate's guard reads that.
+        return not same_values(self._tensors[name][0], self._initial[name])
+
+    def changed(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return name -> (before, a copy of what is there now) of each tensor that is not as it was captured."""
+        found = {}
+        for name, (tensor, _, _) in _state_tensors(self._module):
+            before = self._initial.get(name)
+            if before is not None and before.shape == tensor.shape and not same_values(before, tensor):
+                found[name] = (before, tensor.detach().clone())
+        return found
+
+    def live(self) -> list[tuple[str, torch.Tensor]]:
+        """Return the tensors and parameters that the module holds now, with their names."""
+        parameters = list(self._module.named_parameters()) if self._module is not None else []
+        return [(name, tensor) for name, (tensor, _, _) in _state_tensors(self._module)] + parameters
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """Return what the module holds under this name now."""
+        return next((tensor for found, (tensor, _, _) in _state_tensors(self._module) if found == name), None)
+
+    def parameter_versions(self) -> list[int]:
+        """Return the counters that every in-place write through torch advances, one a parameter."""
+        if self._module is None:
+            return []
+        return [parameter._version for parameter in self._module.parameters() if not parameter.is_inference()]
+
+
+def module_of(function: Callable[..., Any] | None) -> torch.nn.Module | None:
+    """Return the module behind a callable: itself, what torch.compile wrapped, a bound method's or partial's owner."""
+    seen: set[int] = set()
+    found: Any = function
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        wrapped = vars(found).get("_modules", {}).get("_orig_mod") if isinstance(found, torch.nn.Module) else None
+        if wrapped is None and isinstance(found, torch.nn.Module):
+            return found
+        found = wrapped or getattr(found, "__self__", None) or getattr(found, "func", None)
+    return None
+
+
+def same_values(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Say whether two tensors hold the same values, a NaN being equal to a NaN."""
+    return bool(_same(left, right).all())
+
+
+def difference_mask(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return where two tensors of one shape differ, a NaN being equal to a NaN."""
+    return ~_same(left, right)
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if left.dtype.itemsize == 1 and left.is_floating_point():
+        left, right = left.float(), right.float()
+    equal = left == right
+    return equal | ((left != left) & (right != right)) if left.is_floating_point() or left.is_complex() else equal
+
+
+def _state_tensors(
+    module: torch.nn.Module | None,
+) -> Iterator[tuple[str, tuple[torch.Tensor, dict[str, Any], str]]]:
+    if module is None:
+        return
+    for prefix, owner in module.named_modules():
+        for slots in (owner._buffers, vars(owner)):
+            for key, value in list(slots.items()):
+                if isinstance(value, torch.Tensor):
+                    yield (f"{prefix}.{key}" if prefix else key), (value, slots, key)
+
+
+def _plain_numbers(owner: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, value) for name, value in vars(owner).items() if type(value) in (int, float, bool))

@@ -1,0 +1,57 @@
+"""Which candidate is kept: the fastest that is proved faster and equivalent; otherwise the baseline stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Ratio
+
+
+def judge(name: str, comparison: Comparison, compile_s: float | None) -> CandidateResult:
+    """Turn a comparison with the baseline into a row of the candidate table; "kept" here means eligible."""
+    speedup, noise = _interval(comparison.speedup), comparison.noise
+    if comparison.verdict == "faster":
+        return CandidateResult(
+            name=name, status="kept", reason=f"faster: {speedup}", compile_s=compile_s, comparison=comparison
+        )
+    reason = {
+        "no_change": f"no change: {speedup}; {comparison.baseline} against itself [{noise.low:.3f}, {noise.high:.3f}]",
+        "slower": f"slower than {comparison.baseline}: {speedup}",
+        "not_equivalent": "not equivalent: " + "; ".join(comparison.equivalence.problems[:3]),
+    }[comparison.verdict]
+    return CandidateResult(name=name, status="rejected", reason=reason, compile_s=compile_s, comparison=comparison)
+
+
+def ranking(results: Sequence[CandidateResult]) -> list[CandidateResult]:
+    """Return the eligible results, largest speed-up first."""
+    eligible = [result for result in results if result.status == "kept" and result.comparison is not None]
+    return sorted(eligible, key=_speedup, reverse=True)
+
+
+def pass_over(
+    results: Sequence[CandidateResult], winner: CandidateResult | None, final: Comparison | None
+) -> list[CandidateResult]:
+    """Keep the winner only: every other eligible row becomes rejected, with the reason that was measured.
+
+    Args:
+        results: every row.
+        winner: the kept one, None when there is none.
+        final: the finalists head to head, None when there was one finalist.
+    """
+    rows = []
+    for result in results:
+        if result.status == "kept" and winner is not None and result.name != winner.name:
+            reason = f"{result.reason}; {winner.name} was chosen"
+            if final is not None and result.name in (final.baseline, final.candidate):
+                reason += f", head to head {final.candidate} over {final.baseline} {_interval(final.speedup)}"
+            result = result.model_copy(update={"status": "rejected", "reason": reason})
+        rows.append(result)
+    return rows
+
+
+def _interval(ratio: Ratio) -> str:
+    return f"{ratio.median:.3f}x [{ratio.low:.3f}, {ratio.high:.3f}]"
+
+
+def _speedup(result: CandidateResult) -> float:
+    return result.comparison.speedup.median if result.comparison else 0.0

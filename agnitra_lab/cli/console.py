@@ -1,0 +1,240 @@
+"""What the shell prints: Rich tables over contracts, no computation. `--json` prints the contract itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from agnitra_lab.contracts.device import DeviceInfo
+from agnitra_lab.contracts.measurement import CandidateResult
+from agnitra_lab.contracts.report import Checkpoint, Report
+from agnitra_lab.contracts.search import SearchResult
+from agnitra_lab.contracts.suggestion import Proposal
+from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.redact import redact_text
+
+if TYPE_CHECKING:
+    from agnitra_lab.loop import Result
+    from agnitra_lab.profiler.telemetry import Telemetry
+    from agnitra_lab.refine.replay import Landscape
+    from agnitra_lab.runs.read import RunEntry
+    from agnitra_lab.runs.regressions import Regressions
+
+_console = Console(highlight=False, soft_wrap=True)
+TEAL, ORANGE, MUTED = "#2EE6D6", "#E69F00", "bright_black"
+_MARKS = {
+    "done": f"[{TEAL}]done[/]",
+    "skipped": f"[{MUTED}]skipped[/]",
+    "fallback": f"[{ORANGE}]fallback[/]",
+    "failed": "[red]failed[/]",
+}
+
+
+def print_start(workload: Workload, device: DeviceInfo) -> None:
+    """Say what runs where."""
+    versions = f"torch {device.torch_version}" + (f", triton {device.triton_version}" if device.triton_version else "")
+    _line(f"[bold]{escape(workload.name)}[/] on {escape(device.name)} ({versions})")
+
+
+def print_checkpoint(point: Checkpoint) -> None:
+    """One line a finished stage."""
+    mark = _MARKS[point.status]
+    _line(f"{mark} [bold]{point.stage:<9}[/] [{MUTED}]{point.wall_s:5.1f} s[/]  {escape(redact_text(point.headline))}")
+
+
+def print_result(result: Result) -> None:
+    """The summary of a finished loop, ending with the paths of the card and the JSON."""
+    print_report(result.report, result.card_path, result.json_path)
+
+
+def print_report(report: Report, card_path: Path, json_path: Path) -> None:
+    """Every candidate, the receipt, the verdict, and the paths."""
+    _print_candidates(report)
+    _print_receipt(report)
+    print_comparison(report, is_json=False, paths=())
+    _line(f"Report card: {card_path}")
+    _line(f"JSON:        {json_path}")
+
+
+def print_comparison(report: Report, *, is_json: bool, paths: Sequence[Path]) -> None:
+    """Baseline against candidate: latency, items/s, speed-up with its interval, equivalence, what to do next."""
+    from agnitra_lab.report.assemble import guidance
+
+    comparison = report.comparison
+    if is_json:
+        _print_json(comparison)
+        return
+    unit = comparison.item_unit
+    table = Table("", comparison.baseline, comparison.candidate, title=escape(report.title), title_justify="left")
+    before, after = comparison.baseline_latency, comparison.candidate_latency
+    table.add_row("latency p50", f"{before.latency_ms_p50:.3f} ms", f"{after.latency_ms_p50:.3f} ms")
+    table.add_row(
+        "p20 to p80",
+        f"{before.latency_ms_p20:.3f} to {before.latency_ms_p80:.3f}",
+        f"{after.latency_ms_p20:.3f} to {after.latency_ms_p80:.3f}",
+    )
+    table.add_row(
+        f"{unit}/s", f"{comparison.baseline_items_per_second:,.1f}", f"{comparison.candidate_items_per_second:,.1f}"
+    )
+    speedup, noise, equivalence = comparison.speedup, comparison.noise, comparison.equivalence
+    table.add_row("speed-up", "1", f"{speedup.median:.3f}x  [{speedup.low:.3f}, {speedup.high:.3f}]")
+    table.add_row("noise (A/A)", f"[{noise.low:.3f}, {noise.high:.3f}]", "")
+    table.add_row(
+        "equivalence", "reference", f"{equivalence.match_share:.4%} of elements ({equivalence.num_seeds} seeds)"
+    )
+    if equivalence.error_vs_fp64 is not None and equivalence.baseline_error_vs_fp64 is not None:
+        table.add_row("error vs fp64", f"{equivalence.baseline_error_vs_fp64:.2e}", f"{equivalence.error_vs_fp64:.2e}")
+    _console.print(table)
+    _line(f"[bold]{escape(report.headline)}[/]")
+    if report.against_best is not None:
+        rival = report.against_best
+        _line(
+            f"Head to head with {rival.baseline}: {rival.speedup.median:.3f}x "
+            f"[{rival.speedup.low:.3f}, {rival.speedup.high:.3f}], {rival.verdict.replace('_', ' ')}."
+        )
+    for problem in equivalence.problems:
+        _line(f"[{ORANGE}]{escape(problem)}[/]")
+    _line(escape(guidance(report)))
+    for path in paths:
+        _line(f"JSON: {path}")
+
+
+def print_telemetry(telemetry: Telemetry, directory: Path, target: str, *, is_json: bool) -> None:
+    """The op table, the bottleneck, and the next step."""
+    record = telemetry.record
+    if is_json:
+        _print_json(record)
+        return
+    table = Table("op", "node", "ms", "share", "calls", title=f"Where the time goes: {escape(record.name or target)}")
+    for event in record.events[:12]:
+        table.add_row(
+            event.op, escape(event.node or event.module_path or "-"), f"{event.latency_ms:.3f}", f"{event.share:.1%}",
+            str(event.num_calls),
+        )  # fmt: skip
+    _console.print(table)
+    for note in (record.gpu.reason, record.graph_note, *record.notes):
+        if note:
+            _line(f"[{MUTED}]{escape(note)}[/]")
+    _line(escape(repr(telemetry)))
+    _line(f"Telemetry: {directory / 'telemetry.json'}")
+    _line(f"Next: agnitra benchmark {escape(target)}")
+
+
+def print_proposal(proposal: Proposal, *, is_json: bool) -> None:
+    """Ranked suggestions, with the fallback banner if there is one."""
+    if is_json:
+        _print_json(proposal)
+        return
+    if proposal.fallback:
+        _line(f"[{ORANGE}]{escape(redact_text(proposal.fallback.banner))}[/]")
+    table = Table("action", "expected ms", "source", "why")
+    for suggestion in proposal.suggestions:
+        table.add_row(
+            suggestion.action, f"{suggestion.expected_latency_ms:.3f}", escape(suggestion.source),
+            escape(redact_text(suggestion.rationale)),
+        )  # fmt: skip
+    _console.print(table)
+
+
+def print_search(result: SearchResult, landscape: Landscape, *, is_json: bool) -> None:
+    """How a search went, against the recorded optimum."""
+    if is_json:
+        _print_json(result)
+        return
+    optimum_ms = landscape.best_latency_ms
+    table = Table(
+        "measurement", "latency us", "best so far us", "config", title=f"{result.space_template}, {result.measured_on}"
+    )
+    best = float("inf")
+    for trial in result.trials:
+        best = min(best, trial.latency_ms or best)
+        shown = f"{trial.latency_ms * 1e3:.2f}" if trial.latency_ms else "failed"
+        table.add_row(str(trial.index + 1), shown, f"{best * 1e3:.2f}", trial.config.key())
+    _console.print(table)
+    if result.best and result.best.latency_ms:
+        best_us, loss = result.best.latency_ms * 1e3, result.best.latency_ms / optimum_ms - 1
+        _line(f"Best {best_us:.2f} us: {loss:.1%} above the recorded optimum.")
+
+
+def print_runs(entries: Sequence[RunEntry], artifacts: Path, *, is_json: bool) -> None:
+    """One line a run directory."""
+    if is_json:
+        rows = [
+            {"run_id": e.run_id, "category": e.category, "topic": e.topic, "status": e.status, "path": str(e.path)}
+            for e in entries
+        ]
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        return
+    if not entries:
+        _line(f"No runs under {artifacts}. Make one: agnitra demo")
+        return
+    table = Table("run", "category", "topic", "status")
+    for entry in entries:
+        table.add_row(escape(entry.run_id), escape(entry.category), escape(entry.topic), entry.status)
+    _console.print(table)
+
+
+def print_regressions(found: Regressions, *, is_json: bool) -> None:
+    """One row a figure, and the verdict."""
+    if is_json:
+        _print_json(found)
+        return
+    table = Table("figure", "baseline", "candidate", "change", "verdict")
+    for change in found.metrics:
+        table.add_row(
+            change.metric, _figure(change.baseline), _figure(change.candidate),
+            "-" if change.relative_change is None else f"{change.relative_change:+.1%}", change.verdict,
+        )  # fmt: skip
+    _console.print(table)
+    _line(f"[bold]{found.verdict}[/] {escape(found.note or '')}")
+
+
+def _print_candidates(report: Report) -> None:
+    table = Table(
+        "candidate", "verdict", "compile s", "latency ms", "speed-up", title="Candidates", title_justify="left"
+    )
+    for result in report.candidates:
+        comparison = result.comparison
+        table.add_row(
+            escape(result.name),
+            _verdict(result),
+            "-" if result.compile_s is None else f"{result.compile_s:.1f}",
+            f"{comparison.candidate_latency.latency_ms_p50:.3f}" if comparison else "-",
+            f"{comparison.speedup.median:.2f}x" if comparison else escape(result.reason[:60]),
+        )
+    _console.print(table)
+
+
+def _verdict(result: CandidateResult) -> str:
+    """The word that explains the row: a candidate may be faster and still not be the one that is kept."""
+    if result.status == "rejected" and result.comparison is not None:
+        return result.comparison.verdict.replace("_", " ")
+    return result.status
+
+
+def _print_receipt(report: Report) -> None:
+    usage = report.usage
+    _line(
+        f"Receipt for {usage.tokens_processed:,} {report.comparison.item_unit} at {report.price_per_gpu_hour:.2f} "
+        f"{usage.currency}/h: {usage.gpu_hours_before} -> {usage.gpu_hours_after} hours, saves {usage.cost_savings} "
+        f"{usage.currency}; bills {usage.total_billable} {usage.currency}."
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "missing" if value is None else f"{value:.6g}"
+
+
+def _print_json(contract: Any) -> None:
+    sys.stdout.write(contract.to_json() + "\n")
+
+
+def _line(text: str) -> None:
+    _console.print(text)

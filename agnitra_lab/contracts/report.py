@@ -1,0 +1,68 @@
+"""The report: every number that a report card shows. A figure that is not in here may not be shown."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from agnitra_lab.contracts.base import Contract, NonNegative
+from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
+from agnitra_lab.contracts.measurement import CandidateResult, Comparison
+from agnitra_lab.contracts.patch import PatchLog
+from agnitra_lab.contracts.search import SearchResult
+from agnitra_lab.contracts.suggestion import Proposal
+from agnitra_lab.contracts.telemetry import TelemetryRecord
+from agnitra_lab.contracts.usage import UsageEvent
+
+StageName = Literal["profile", "suggest", "refine", "generate", "patch", "benchmark", "report"]
+STAGES: tuple[StageName, ...] = ("profile", "suggest", "refine", "generate", "patch", "benchmark", "report")
+
+
+class Checkpoint(Contract):
+    """One stage of the loop as it went."""
+
+    stage: StageName
+    status: Literal["done", "skipped", "fallback", "failed"]
+    headline: str
+    """One sentence with the stage's key figure."""
+    wall_s: NonNegative
+
+
+class AgentNotes(Contract):
+    """What steered the run."""
+
+    is_rl_enabled: bool
+    sampler: str | None
+    suggestion_source: str
+    """"preset" or "llm:<model>"."""
+    applied: tuple[str, ...]
+    """Actions in the kept candidate."""
+    banner: str | None = None
+    measured_on: str | None = None
+
+
+class Report(Contract):
+    """A finished run, as the report card, the HTML file and the JSON export show it."""
+
+    run_id: str
+    title: str
+    workload: str
+    generated_at: str
+    device: DeviceInfo
+    peaks: DevicePeaks | None = None
+    winner: str
+    """Name of the candidate that is kept; "eager" when nothing is faster."""
+    headline: str
+    """The verdict in one sentence."""
+    comparison: Comparison
+    candidates: tuple[CandidateResult, ...]
+    telemetry: TelemetryRecord
+    proposal: Proposal
+    searches: tuple[SearchResult, ...] = ()
+    patch: PatchLog | None = None
+    usage: UsageEvent
+    notes: AgentNotes
+    checkpoints: tuple[Checkpoint, ...]
+    price_per_gpu_hour: NonNegative
+    against_best: Comparison | None = None
+    """The winner against the best plain torch.compile mode, head to head, when the winner is not one itself."""
+    schema_version: str = "agnitra.report.v1"

@@ -1,0 +1,57 @@
+"""The table of kernel templates, imported one by one when asked for, and whether this machine can run them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol, cast
+
+from agnitra_lab.contracts.search import SearchSpace
+from agnitra_lab.errors import TemplateError
+from agnitra_lab.optional import require
+
+TEMPLATES: dict[str, str] = {
+    "rms_norm": "agnitra_lab.generate.templates.rms_norm",
+    "swiglu": "agnitra_lab.generate.templates.swiglu",
+}
+
+
+class Template(Protocol):
+    """The five public names of a template module."""
+
+    kernel: Any
+
+    def launch(self, params: dict[str, int], *tensors: Any, **options: Any) -> Any: ...
+
+    def space(self, shape: tuple[int, ...], dtype: str) -> SearchSpace: ...
+
+    def reference(self, *tensors: Any, **options: Any) -> Any: ...
+
+    def supports(self, *tensors: Any) -> str | None: ...
+
+
+def load(name: str) -> Template:
+    """Import a template by its name.
+
+    Raises:
+        TemplateError: for a name that is not in the table, with the names that are.
+        MissingError: when triton cannot be imported.
+    """
+    if name not in TEMPLATES:
+        raise TemplateError(f"There is no kernel template {name!r}; known are {', '.join(sorted(TEMPLATES))}.")
+    require("triton", purpose=f"for the kernel template {name} (it is built for Linux on x86-64)")
+    return cast(Template, importlib.import_module(TEMPLATES[name]))
+
+
+def is_available() -> str | None:
+    """Say why generated kernels cannot run on this machine, or None when they can."""
+    try:
+        import torch
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"{error.name} is not installed"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device: Triton kernels run in the interpreter here, for correctness only"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the templates need compute capability 8.0 or later, and this device has {major}.{minor}"
+    return None

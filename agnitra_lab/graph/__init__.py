@@ -1,0 +1,1 @@
+"""Graphs as facts: a model and its inputs -> `GraphHandoff` (capture) -> `WorkloadProfile` (semantics)."""

@@ -1,0 +1,103 @@
+"""The loop as three calls: `optimize`, `profile`, `compare`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agnitra_lab.benchmark import compare as comparing
+from agnitra_lab.contracts.measurement import Comparison
+from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.loop import preflight
+from agnitra_lab.loop.optimization import Optimization, Progress
+from agnitra_lab.loop.result import Result
+from agnitra_lab.loop.settings import Settings
+from agnitra_lab.profiler import capture
+from agnitra_lab.profiler.telemetry import Telemetry
+from agnitra_lab.runs import provenance, summary
+from agnitra_lab.runs.markdown import run_markdown
+from agnitra_lab.runs.store import RunStore
+from agnitra_lab.workloads.adopt import as_workload
+
+
+def optimize(
+    model: Any, inputs: Any = None, *, name: str | None = None, on_checkpoint: Progress | None = None, **settings: Any
+) -> Result:
+    """Make a model faster, prove that it is still right, and file the evidence.
+
+    Args:
+        model: a `torch.nn.Module` in eval mode (or any callable), or a `Workload`.
+        inputs: one call's inputs: a tensor, a sequence, or a mapping of keyword inputs.
+        name: what artifacts call it.
+        on_checkpoint: called after each stage.
+        **settings: fields of `Settings`.
+
+    Returns:
+        The result; `result.model` is the drop-in, `result.report` every number, `result.rollback()` the way back.
+
+    Raises:
+        UsageError: for wrong arguments, before anything runs.
+        MissingError: when no C++ compiler is installed.
+    """
+    return Optimization(as_workload(model, inputs, name=name), Settings.of(**settings), on_checkpoint).run_all()
+
+
+def profile(target: Any, inputs: Any = None, *, name: str | None = None, repeat: int | None = None) -> Telemetry:
+    """Find out what burns the time of a callable, or of a model on inputs.
+
+    Args:
+        target: a function without arguments, a model, or a `Workload`.
+        inputs: the model's inputs; None for a function without arguments.
+        name: what tables call it.
+        repeat: how many calls are captured; by default one of a function, which may have side effects, and three of a
+            model on inputs.
+
+    Returns:
+        Telemetry: pandas frames `ops`, `kernels`, `nodes`, `modules`, `memory`, `gpu`, and `to_json()`.
+    """
+    is_plain = inputs is None and not isinstance(target, (Workload, torch.nn.Module))
+    chosen = target if is_plain and callable(target) else as_workload(target, inputs, name=name)
+    return capture.profile(chosen, name=name, repeat=repeat)
+
+
+def profile_run(
+    workload: Workload, *, artifacts: Path | str, repeat: int = 3, command: str | None = None
+) -> tuple[Telemetry, Path]:
+    """Profile a workload and file it as a run of its own.
+
+    Returns:
+        The telemetry and the directory with telemetry.json, events.parquet, summary.json and run.md.
+    """
+    store = RunStore(artifacts)
+    store.check_writable()
+    preflight.check_runs(workload)
+    run = store.create("profile", workload.name, category="profiles")
+    telemetry = capture.profile(workload, name=workload.name, repeat=repeat)
+    telemetry.save(run.directory("profiles"))
+    meta = provenance.meta(
+        run.run_id, "profile", workload.name, command=command, argv=sys.argv, seed=0,
+        device=telemetry.record.device, config={"workload": dict(workload.settings), "repeat": repeat},
+    )  # fmt: skip
+    filed = summary.summarise(meta, summary.profile_results(telemetry.record))
+    run.finish("profiles", filed, run_markdown(filed, f"Profile of {workload.name}: where its time goes."))
+    return telemetry, run.directory("profiles")
+
+
+def compare(
+    baseline: Any, candidate: Callable[..., Any], inputs: Any = None, *, name: str | None = None, budget_s: float = 6.0
+) -> Comparison:
+    """Compare two callables on the same inputs: interleaved timing with intervals, and equivalence.
+
+    Args:
+        baseline: the model to beat, or a `Workload`.
+        candidate: called with the same inputs.
+        inputs: one call's inputs.
+        name: what tables call the workload.
+        budget_s: seconds of timing.
+    """
+    workload = as_workload(baseline, inputs, name=name)
+    return comparing.compare(workload, candidate, candidate_name="candidate", budget_s=budget_s)

@@ -1,0 +1,125 @@
+"""The finished loop -> its report, its bill and its provenance."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
+from agnitra_lab.contracts.graph import WorkloadProfile
+from agnitra_lab.contracts.measurement import CandidateResult, Comparison
+from agnitra_lab.contracts.patch import PatchLog
+from agnitra_lab.contracts.report import AgentNotes, Checkpoint, Report
+from agnitra_lab.contracts.run import Budget, Kind, Meta
+from agnitra_lab.contracts.search import SearchResult
+from agnitra_lab.contracts.suggestion import Proposal
+from agnitra_lab.contracts.telemetry import TelemetryRecord
+from agnitra_lab.contracts.usage import UsageEvent
+from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.loop.settings import Settings
+from agnitra_lab.metering.usage import usage_event
+from agnitra_lab.report import assemble
+from agnitra_lab.runs import provenance
+
+
+def build_report(
+    *,
+    run_id: str,
+    workload: Workload,
+    settings: Settings,
+    device: DeviceInfo,
+    peaks: DevicePeaks | None,
+    winner: str,
+    comparison: Comparison,
+    results: Sequence[CandidateResult],
+    telemetry: TelemetryRecord,
+    proposal: Proposal,
+    searches: Sequence[SearchResult],
+    log: PatchLog | None,
+    checkpoints: Sequence[Checkpoint],
+    against_best: Comparison | None,
+) -> Report:
+    """Put everything that a report card shows into one record."""
+    return Report(
+        run_id=run_id,
+        title=f"{workload.name} on {device.name}",
+        workload=workload.name,
+        generated_at=provenance.utc_now(),
+        device=device,
+        peaks=peaks,
+        winner=winner,
+        headline=assemble.headline(comparison, winner),
+        comparison=comparison,
+        candidates=tuple(results),
+        telemetry=telemetry,
+        proposal=proposal,
+        searches=tuple(searches),
+        patch=log,
+        usage=_usage(run_id, workload, settings, device, winner, comparison),
+        notes=_notes(settings, proposal, searches, log),
+        checkpoints=tuple(checkpoints),
+        price_per_gpu_hour=float(settings.price_per_gpu_hour),
+        against_best=against_best,
+    )
+
+
+def budget(workload: Workload, settings: Settings, profile: WorkloadProfile) -> Budget:
+    """What the run intended, in the layout's names."""
+    flops, items = profile.total_flops, workload.items_per_call
+    return Budget(
+        tokens_per_step_global=items,
+        flops_per_step_est=flops,
+        flops_per_token_est=flops / items if flops and items else None,
+        budget_s=settings.budget_s,
+    )
+
+
+def meta(run_id: str, kind: Kind, workload: Workload, settings: Settings, device: DeviceInfo | None) -> Meta:
+    """Provenance of one of the run's directories."""
+    config: dict[str, Any] = {**settings.public(), "workload": dict(workload.settings)}
+    return provenance.meta(
+        run_id, kind, workload.name, command=settings.command, argv=sys.argv,
+        seed=settings.seed, device=device, config=config,
+    )  # fmt: skip
+
+
+def _notes(
+    settings: Settings, proposal: Proposal, searches: Sequence[SearchResult], log: PatchLog | None
+) -> AgentNotes:
+    return AgentNotes(
+        is_rl_enabled=settings.sampler == "rl" and bool(searches),
+        sampler=settings.sampler if searches else None,
+        suggestion_source=f"llm:{proposal.model}" if proposal.source == "llm" else "preset",
+        applied=tuple(sorted({descriptor.action for descriptor in log.descriptors})) if log else (),
+        banner=proposal.fallback.banner if proposal.fallback else None,
+        measured_on="; ".join(sorted({found.measured_on for found in searches})) or None,
+    )
+
+
+def _usage(
+    run_id: str, workload: Workload, settings: Settings, device: DeviceInfo, winner: str, comparison: Comparison
+) -> UsageEvent:
+    # Nothing installed means nothing saved: the same rate before and after.
+    is_kept = winner != comparison.baseline
+    baseline_rate = comparison.baseline_items_per_second
+    baseline_ms = comparison.baseline_latency.latency_ms_p50
+    return usage_event(
+        project_id=settings.project_id,
+        model_name=workload.name,
+        tokens_processed=settings.tokens_processed,
+        baseline_tokens_per_sec=baseline_rate,
+        optimized_tokens_per_sec=comparison.candidate_items_per_second if is_kept else baseline_rate,
+        baseline_latency_ms=baseline_ms,
+        optimized_latency_ms=comparison.candidate_latency.latency_ms_p50 if is_kept else baseline_ms,
+        price_per_gpu_hour=Decimal(settings.price_per_gpu_hour),
+        success_fee_rate=Decimal(settings.success_fee_rate),
+        metadata={
+            "stage_notes": "baseline_vs_optimized",
+            "run_id": run_id,
+            "device": device.name,
+            "item_unit": comparison.item_unit,
+            "candidate": winner,
+        },
+    )

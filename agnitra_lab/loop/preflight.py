@@ -1,0 +1,38 @@
+"""What can be known before a run: every expected failure that needs no measuring is found here, leaving nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.device.compiler import require_cpp_compiler
+from agnitra_lab.errors import UsageError
+from agnitra_lab.runs.store import RunStore
+
+
+def check_machine(store: RunStore) -> None:
+    """Find out whether runs can be written and graphs compiled.
+
+    Raises:
+        RunStoreError: the artifacts folder cannot be written.
+        MissingError: there is no C++ compiler.
+    """
+    store.check_writable()
+    require_cpp_compiler()
+
+
+def check_runs(workload: Workload) -> None:
+    """Call the workload once.
+
+    Raises:
+        UsageError: when the model does not take its inputs, with the model's own words.
+    """
+    try:
+        with torch.no_grad():
+            workload()
+    except Exception as error:
+        text = " ".join(str(error).split())[:400]
+        raise UsageError(
+            f"{workload.name} does not run on its inputs: {type(error).__name__}: {text}.",
+            hint="Check the shapes, dtypes and devices of the inputs.",
+        ) from error

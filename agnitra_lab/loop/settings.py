@@ -1,0 +1,84 @@
+"""Everything that steers a run of the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal
+
+from agnitra_lab.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that steers a run.
+
+    Attributes:
+        suggest: "auto" asks a language model where one is configured, "llm" insists, "preset" never asks.
+        sampler: "rl" (contextual bandit), "random", or None for the preset kernel configs.
+        max_trials: measurements a kernel search may make.
+        budget_s: seconds for compiling candidates; what does not fit is listed as skipped.
+        timing_s: seconds of interleaved timing a candidate.
+        seed: of every random choice.
+        tokens_processed: volume that the usage event accounts for, in the workload's items.
+        only: name of the one candidate to build; None for all.
+        artifacts: folder of the runs.
+        command: the line that runs this again, for the record.
+    """
+
+    project_id: str = "default"
+    suggest: Literal["auto", "llm", "preset"] = "auto"
+    llm_base_url: str | None = None
+    llm_api_key: str | None = None
+    llm_model: str | None = None
+    llm_deadline_s: float = 20.0
+    sampler: Literal["rl", "random"] | None = "rl"
+    max_trials: int = 24
+    budget_s: float = 300.0
+    timing_s: float = 4.0
+    seed: int = 0
+    tokens_processed: int = 262_144
+    price_per_gpu_hour: Decimal | str = "2.50"
+    success_fee_rate: Decimal | str = "0.20"
+    only: str | None = None
+    artifacts: Path | str = "artifacts"
+    command: str | None = None
+
+    @classmethod
+    def of(cls, **given: Any) -> Settings:
+        """Make settings of keyword arguments.
+
+        Raises:
+            UsageError: for an unknown name, with the known ones, or a value that no run could use.
+        """
+        known = cls.__dataclass_fields__
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise UsageError(f"Unknown settings: {', '.join(unknown)}.", hint=f"Known: {', '.join(known)}.")
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        choices = {"suggest": ("auto", "llm", "preset"), "sampler": ("rl", "random", None)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} is {getattr(self, name)!r}.", hint=f"Expected one of {allowed}.")
+        for name in ("budget_s", "timing_s", "llm_deadline_s", "max_trials", "tokens_processed"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} is {getattr(self, name)!r}.", hint="Expected a number above 0.")
+        for name in ("price_per_gpu_hour", "success_fee_rate"):
+            try:
+                value = Decimal(getattr(self, name))
+            except (ArithmeticError, TypeError, ValueError):
+                value = Decimal("NaN")
+            if not (value.is_finite() and value >= 0):
+                raise UsageError(f"{name} is {getattr(self, name)!r}.", hint="Expected a decimal number, such as 2.50.")
+
+    def public(self) -> dict[str, Any]:
+        """Return what may be written down: all but the key."""
+        hidden = ("llm_api_key", "artifacts", "command")
+        return {
+            name: str(value) if isinstance(value, Decimal) else value
+            for name, value in vars(self).items()
+            if name not in hidden
+        }

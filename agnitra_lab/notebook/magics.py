@@ -1,0 +1,197 @@
+"""The magics: %%agnitra_profile, %agnitra_optimize, %agnitra_report, %agnitra_rollback, %agnitra_runs.
+
+Each reads its line, calls the loop, shows a card, and leaves its result in the user's namespace.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand, output_can_be_silenced
+from IPython.core.magic_arguments import argument, magic_arguments
+
+from agnitra_lab.contracts.report import Checkpoint
+from agnitra_lab.errors import UsageError
+from agnitra_lab.notebook import arguments, completion
+from agnitra_lab.notebook.failures import one_line
+from agnitra_lab.notebook.show import Display, report_bundle, send
+from agnitra_lab.redact import redact_text
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from agnitra_lab.loop import Result
+
+TELEMETRY_NAME = "agnitra_telemetry"
+RESULT_NAME = "agnitra_result"
+ARTIFACTS = "artifacts"
+
+
+@magics_class
+class AgnitraMagics(Magics):
+    """The loop's magics."""
+
+    shell: InteractiveShell
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        super().__init__(shell)
+        self.display = Display(shell)
+        parsers = {name: method.parser for name, method in _methods(self).items()}
+        self.matcher = completion.line_matcher(parsers, lambda: shell.user_ns)
+
+    @output_can_be_silenced
+    @magic_arguments()
+    @argument("--name", default="cell", help="What the card and the run call the cell.")
+    @argument("--workload", help="A Workload variable or a TARGET: what one run of the cell stands for.")
+    @argument("--repeat", type=int, default=1, help="Run the body this many times, side effects included; default 1.")
+    @argument("--out", help="Write telemetry.json and events.parquet into this folder too.")
+    @argument("--artifacts", default=ARTIFACTS, help="Folder of the runs.")
+    @cell_magic
+    def agnitra_profile(self, line: str, cell: str) -> Any:
+        """Profile the cell: where its time goes, down to the graph node. The cell behaves as without the magic.
+
+        The telemetry is in `agnitra_telemetry` afterwards; every run is filed under artifacts/profiles.
+        """
+        from agnitra_lab.notebook.profiling import CellProfile
+
+        __tracebackhide__ = True
+        with one_line():
+            options = self._options("agnitra_profile", line, prefix="%%")
+            profile = CellProfile(self.shell, self.display, cell, options, command=f"%%agnitra_profile {line}".strip())
+        return profile.run(TELEMETRY_NAME)
+
+    @no_var_expand
+    @output_can_be_silenced
+    @magic_arguments()
+    @argument("expressions", nargs="*", help="MODEL INPUTS as Python expressions, a Workload, or a TARGET.")
+    @argument("--name", help="What the artifacts call the model.")
+    @argument("--suggest", choices=("auto", "llm", "preset"), default="auto", help="Where suggestions come from.")
+    @argument("--sampler", choices=("rl", "random", "none"), default="rl", help="How kernel configs are searched.")
+    @argument("--budget", type=float, default=300.0, help="Seconds for compiling candidates.")
+    @argument("--timing", type=float, default=4.0, help="Seconds of interleaved timing a candidate.")
+    @argument("--artifacts", default=ARTIFACTS, help="Folder of the runs.")
+    @line_magic
+    def agnitra_optimize(self, line: str) -> Result:
+        """Run the whole loop on a model and its inputs, show the report card, and return the result.
+
+        `result = %agnitra_optimize model (x, mask) --budget 60`; then result.model is the drop-in. The result is in
+        `agnitra_result` as well.
+        """
+        with one_line():
+            code, options = arguments.split_options(arguments.pieces_of(line))
+            given = arguments.parse(self.agnitra_optimize.parser, options, "%agnitra_optimize")
+            model_code, inputs_code = arguments.two_expressions(code)
+            model = arguments.model_of(self.shell, model_code)
+            inputs = arguments.value_of(self.shell, inputs_code) if inputs_code is not None else None
+            from agnitra_lab.loop import optimize
+
+            result = optimize(
+                model,
+                inputs,
+                name=given.name,
+                on_checkpoint=_print_checkpoint,
+                suggest=given.suggest,
+                sampler=None if given.sampler == "none" else given.sampler,
+                budget_s=given.budget,
+                timing_s=given.timing,
+                artifacts=given.artifacts,
+                command=f"%agnitra_optimize {line}".strip(),
+            )
+        self.shell.user_ns[RESULT_NAME] = result
+        self.display.card_of(result)
+        return result
+
+    @magic_arguments()
+    @argument("run_id", nargs="?", help="Id of a finished run; by default the newest.")
+    @argument("--artifacts", default=ARTIFACTS, help="Folder of the runs.")
+    @line_magic
+    def agnitra_report(self, line: str) -> None:
+        """Show the card of a finished run again."""
+        from agnitra_lab.runs.read import find_report
+
+        with one_line():
+            given = self._options("agnitra_report", line)
+            send(report_bundle(find_report(given.artifacts, given.run_id)[1]))
+
+    @output_can_be_silenced
+    @magic_arguments()
+    @argument("--artifacts", default=ARTIFACTS, help="Folder of the runs.")
+    @line_magic
+    def agnitra_runs(self, line: str) -> Any:
+        """List the runs as a DataFrame, newest first."""
+        from agnitra_lab.notebook.filing import runs_frame
+
+        with one_line():
+            return runs_frame(self._options("agnitra_runs", line).artifacts)
+
+    @no_var_expand
+    @output_can_be_silenced
+    @magic_arguments()
+    @argument("result", nargs="?", help="What %%agnitra_optimize returned; by default agnitra_result, the last one.")
+    @line_magic
+    def agnitra_rollback(self, line: str) -> Any:
+        """Restore the original of a result, and show and return the proof."""
+        with one_line():
+            expression = line.strip() or RESULT_NAME
+            result = arguments.value_of(self.shell, expression)
+            if not hasattr(result, "rollback"):
+                raise UsageError(
+                    f"{expression!r} is a {type(result).__name__}.", hint="Expected what %agnitra_optimize returned."
+                )
+            proof = result.rollback()
+        self.display.card_of(proof)
+        return proof
+
+    @line_magic
+    def agnitra_display(self, line: str) -> None:
+        """Turn cards that show themselves `on` or `off`; %agnitra_report shows one in either case."""
+        with one_line():
+            state = line.strip().lower()
+            if state not in ("on", "off"):
+                raise UsageError(
+                    f"%agnitra_display takes on or off, got {state!r}.", hint="Write: %agnitra_display off"
+                )
+            self.display.is_on = state == "on"
+
+    def _options(self, name: str, line: str, *, prefix: str = "%") -> Any:
+        return arguments.parse(getattr(self, name).parser, arguments.pieces_of(line), f"{prefix}{name}")
+
+
+def install(shell: InteractiveShell) -> None:
+    """Register the magics, the completion and the formatters on a shell; a second time changes nothing."""
+    if _installed(shell) is not None:
+        return
+    made = AgnitraMagics(shell)
+    shell.register_magics(made)
+    made.display.register()
+    shell.Completer.custom_matchers.append(made.matcher)
+
+
+def uninstall(shell: InteractiveShell) -> None:
+    """Take away what `install` registered."""
+    made = _installed(shell)
+    if made is None:
+        return
+    for kind, names in made.magics.items():
+        for name in names:
+            shell.magics_manager.magics[kind].pop(name, None)
+    shell.magics_manager.registry.pop(AgnitraMagics.__name__, None)
+    made.display.unregister()
+    if made.matcher in shell.Completer.custom_matchers:
+        shell.Completer.custom_matchers.remove(made.matcher)
+
+
+def _installed(shell: InteractiveShell) -> AgnitraMagics | None:
+    found = shell.magics_manager.registry.get(AgnitraMagics.__name__)
+    return found if isinstance(found, AgnitraMagics) else None
+
+
+def _methods(magics: AgnitraMagics) -> dict[str, Any]:
+    names = [name for kind in magics.magics.values() for name in kind]
+    return {name: method for name in names if hasattr(method := getattr(magics, name), "parser")}
+
+
+def _print_checkpoint(point: Checkpoint) -> None:
+    sys.stdout.write(f"{point.stage:<10}{point.status:<9}{point.wall_s:6.1f} s  {redact_text(point.headline)}\n")
+    sys.stdout.flush()

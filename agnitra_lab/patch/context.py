@@ -1,0 +1,188 @@
+"""What a rewrite works with: the real weights behind graph inputs, the kernels, and the log that it writes to."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, fx
+
+from agnitra_lab.contracts.actions import ACTIONS
+from agnitra_lab.contracts.kernel import Kernel
+from agnitra_lab.contracts.patch import PatchDescriptor, Refusal
+from agnitra_lab.patch.ops import display_name
+from agnitra_lab.patch.weights import Build, DerivedWeight, WeightGuard
+
+_INDEX = re.compile(r"\[(?:'([^']*)'|(\d+))\]")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in')
+
+
+class RewriteContext:
+    """State of one graph while it is rewritten.
+
+    Attributes:
+        graph_module: the graph being rewritten.
+        kernels: op name -> kernel, for the template actions.
+        guard: checks derived weights before each call of this graph.
+        refusals: what was not done, with the reason.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        kernels: Mapping[str, Kernel],
+        shared: dict[tuple[Any, ...], DerivedWeight] | None = None,
+        ordinals: dict[str, int] | None = None,
+    ) -> None:
+        self.graph_module = graph_module
+        self.example_inputs = example_inputs
+        self.kernels = kernels
+        self.guard = WeightGuard()
+        self.refusals: list[Refusal] = []
+        self._shared = {} if shared is None else shared
+        self.ordinals = {} if ordinals is None else ordinals
+        placeholders = graph_module.graph.find_nodes(op="placeholder")
+        self._inputs = {
+            node: (index, value) for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=False))
+        }
+
+    def refuse(self, action: str, reason: str) -> None:
+        """Record why a change was not made; the same reason is kept once."""
+        refusal = Refusal(action=action, reason=reason)
+        if refusal not in self.refusals:
+            self.refusals.append(refusal)
+
+    def real_tensor(self, node: Any) -> Tensor | None:
+        """Return the real weight that a node stands for, None when it is computed or unknown."""
+        if not isinstance(node, fx.Node):
+            return None
+        if node.op == "placeholder":
+            value = self._inputs.get(node, (0, None))[1]
+        elif node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(self.graph_module)
+        else:
+            return None
+        is_fake = isinstance(value, torch._subclasses.fake_tensor.FakeTensor)
+        return value if isinstance(value, Tensor) and not is_fake else None
+
+    def derive(
+        self, action: str, sources: Sequence[fx.Node], build: Build, before: fx.Node, variant: tuple[Any, ...] = ()
+    ) -> fx.Node:
+        """Add a weight built from the weights behind `sources` and return the node that reads it.
+
+        The graph's callers keep passing the source weights, so the guard sees those of each call.
+
+        Args:
+            build: source tensors -> the derived tensor.
+            before: where the reading node is inserted.
+            variant: constants that `build` uses; graphs of one model share a derived weight only when they agree.
+        """
+        tensors = [tensor for tensor in map(self.real_tensor, sources) if tensor is not None]
+        key = (action, variant, *map(id, tensors))
+        weight = self._shared.get(key)
+        if weight is None or not weight.is_current(tensors):
+            weight = DerivedWeight(tensors, build)
+            self._shared[key] = weight
+        if all(source.op == "placeholder" for source in sources):
+            self.guard.watch(weight, tuple(self._inputs[source][0] for source in sources))
+        name = self._register(action, weight.value)
+        with self.graph_module.graph.inserting_before(before):
+            node = self.graph_module.graph.get_attr(name)
+        node.meta["example_value"] = _fake_like(weight.value, sources[0])
+        return node
+
+    def _register(self, action: str, value: Tensor) -> str:
+        number = sum(1 for _ in self.graph_module.buffers())
+        name = f"agnitra_{action}_{number}"
+        while hasattr(self.graph_module, name):
+            number += 1
+            name = f"agnitra_{action}_{number}"
+        self.graph_module.register_buffer(name, value)
+        # AOTAutograd asserts that each weight of a Dynamo graph has a source; it then treats it as static, which is
+        # what lets a CUDA graph read it in place instead of copying it in at each call.
+        sources = getattr(self.graph_module, "_param_name_to_source", None)
+        if sources is not None:
+            from torch._dynamo.source import LocalSource
+
+            sources[name] = LocalSource(name)
+        return name
+
+    def describe(
+        self,
+        action: str,
+        node: fx.Node,
+        replaced: Sequence[fx.Node],
+        replacement: str,
+        config: Mapping[str, JsonValue] | None = None,
+        kernel_hash: str | None = None,
+    ) -> PatchDescriptor:
+        """Return the descriptor of one change. Call it before the nodes are erased.
+
+        Args:
+            node: the node whose value is replaced; it gives module path and source line.
+            replaced: the nodes that go away.
+        """
+        path = module_path(node)
+        stem = f"{action}__{path or 'root'}"
+        ordinal = self.ordinals.get(stem, 0)
+        self.ordinals[stem] = ordinal + 1
+        return PatchDescriptor(
+            name=f"{stem}__{ordinal}",
+            action=action,
+            kind=ACTIONS[action].kind,
+            node=node.name,
+            module_path=path,
+            source=source_line(node),
+            replaced=tuple(display_name(gone) for gone in replaced),
+            replacement=replacement,
+            config=dict(config or {}),
+            kernel_hash=kernel_hash,
+        )
+
+    def call(self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert a call before a node and record its fake value, so that later rewrites can match on it."""
+        with self.graph_module.graph.inserting_before(before):
+            node = self.graph_module.graph.call_function(target, args, kwargs)
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+            if key in before.meta:
+                node.meta[key] = before.meta[key]
+        return node
+
+
+def _fake_like(value: Tensor, near: fx.Node) -> Tensor:
+    fake = near.meta.get("example_value")
+    mode = getattr(fake, "fake_mode", None)
+    return value if mode is None else mode.from_tensor(value, static_shapes=True)
+
+
+def erase_unused(nodes: Sequence[fx.Node]) -> None:
+    """Erase those of `nodes` that nothing uses any more. A general dead-code pass would drop in-place writes."""
+    for node in reversed(nodes):
+        if not node.users:
+            node.graph.erase_node(node)
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the innermost module of a node as a fully qualified name, "" for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    raw = list(stack.values())[-1][0] if stack else ""
+    text = re.sub(r"^L\['[^']*'\]|^L__self__|^self", "", raw)
+    text = text.replace("._modules", "").replace("slf", "")
+    text = _INDEX.sub(lambda found: "." + (found.group(1) or found.group(2) or ""), text)
+    return text.strip(".")
+
+
+def source_line(node: fx.Node) -> str | None:
+    """Return `file.py:line` of the user's code behind a node: the innermost frame outside torch."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    for path, line in reversed(frames):
+        parts = PurePath(path).parts
+        if "torch" not in parts and not path.endswith("patch/install.py"):
+            return f"{parts[-1]}:{line}"
+    return None

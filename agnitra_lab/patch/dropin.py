@@ -1,0 +1,238 @@
+"""The drop-in: behaves as the original model, takes the compiled path where it applies, and the original elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from agnitra_lab.patch.frozen import FrozenWeights
+from agnitra_lab.patch.graphed import GraphedCall
+from agnitra_lab.patch.signature import Signature
+from agnitra_lab.patch.weights import WeightGuard
+
+_GRAD_ADVICE = (
+    "Gradients are enabled, so the original model runs. Call the optimised model inside torch.no_grad() or "
+    "torch.inference_mode() to take the fast path."
+)
+_OWN = "_agnitra_"
+
+
+class OptimizedModel(nn.Module):
+    """A model that can be used wherever the original was.
+
+    It registers no parameters or modules of its own: `state_dict()`, `parameters()`, `named_modules()`, attributes
+    and their assignment are the original's. A call that the compiled path was not made for (another shape, gradients
+    enabled, training mode, autocast, new hooks) runs the original and is counted in `guard_misses` by its reason.
+    A deep copy or a pickle of it is one of the original.
+
+    Attributes:
+        num_guard_misses: calls that ran the original path.
+        guard_misses: the same by reason.
+    """
+
+    guard_misses: Counter[str]
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        compiled: Callable[..., Any],
+        signature: Signature,
+        *,
+        clones: tuple[bool, ...] | None = None,
+        frozen: FrozenWeights | None = None,
+        graphed: GraphedCall | None = None,
+    ) -> None:
+        # nn.Module.__init__ would give it parameters, modules and a training flag of its own.
+        module = original if isinstance(original, nn.Module) else nn.Module().eval()
+        own: dict[str, Any] = {
+            "_agnitra_original": original,
+            "_agnitra_module": module,
+            "_agnitra_compiled": compiled,
+            "_agnitra_signature": signature,
+            "_agnitra_context": _Context(module),
+            "_agnitra_clones": clones,
+            "_agnitra_frozen": frozen,
+            "_agnitra_graphed": graphed,
+            "_agnitra_has_warned": False,
+            "guard_misses": Counter(),
+        }
+        self.__dict__.update(own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Hooks belong to the original: they run inside both paths, not around them.
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the compiled path when the call fits, else the original."""
+        own = self.__dict__
+        compiled = own["_agnitra_compiled"]
+        if compiled is None:
+            return own["_agnitra_original"](*args, **kwargs)
+        if torch.is_grad_enabled():
+            return self._miss("gradients enabled", args, kwargs)
+        if not own["_agnitra_signature"].matches(args, kwargs):
+            return self._miss(own["_agnitra_signature"].explain(args, kwargs), args, kwargs)
+        reason = own["_agnitra_context"].difference()
+        if reason is None and own["_agnitra_frozen"] is not None:
+            reason = own["_agnitra_frozen"].difference()
+        graphed = own["_agnitra_graphed"]
+        if reason is None and graphed is not None:
+            reason = graphed.difference()
+        if reason is not None:
+            return self._miss(reason, args, kwargs)
+        if graphed is not None:
+            with torch.inference_mode(False):
+                return graphed(*args, **kwargs)
+        clones = own["_agnitra_clones"]
+        if clones is not None:
+            torch.compiler.cudagraph_mark_step_begin()
+        if torch.is_inference_mode_enabled() and not _has_inference_tensor(args, kwargs):
+            # Dynamo guards on inference mode; leaving it saves a second compilation of the same graph.
+            with torch.inference_mode(False), torch.no_grad():
+                outputs = compiled(*args, **kwargs)
+                return outputs if clones is None else clone_outputs(outputs, clones)
+        outputs = compiled(*args, **kwargs)
+        return outputs if clones is None else clone_outputs(outputs, clones)
+
+    def _miss(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        self.guard_misses[reason] += 1
+        if reason == "gradients enabled" and not self.__dict__["_agnitra_has_warned"]:
+            self.__dict__["_agnitra_has_warned"] = True
+            warnings.warn(_GRAD_ADVICE, stacklevel=4)
+        return self.__dict__["_agnitra_original"](*args, **kwargs)
+
+    @property
+    def num_guard_misses(self) -> int:
+        """Calls that ran the original path."""
+        return sum(self.guard_misses.values())
+
+    @property
+    def is_optimized(self) -> bool:
+        """Whether a compiled path is installed."""
+        return self.__dict__["_agnitra_compiled"] is not None
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], guards: Sequence[WeightGuard]) -> None:
+        """Put one CUDA graph around the compiled call. It runs a few times: restore the model's state afterwards.
+
+        Raises:
+            PatchError: when the call cannot be captured; the compiled path stays as it was.
+        """
+        own = self.__dict__
+        own["_agnitra_graphed"] = GraphedCall(
+            own["_agnitra_compiled"], own["_agnitra_original"], args, kwargs, guards=guards
+        )
+
+    def unload(self) -> None:
+        """Drop the compiled path for good: from now on every call is the original's."""
+        self.__dict__.update(_agnitra_compiled=None, _agnitra_frozen=None, _agnitra_graphed=None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(_OWN):
+            raise AttributeError(name)
+        try:
+            return getattr(self.__dict__["_agnitra_original"], name)
+        except AttributeError:
+            return getattr(self.__dict__["_agnitra_module"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_agnitra_original"], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.__dict__["_agnitra_original"], name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.__dict__["_agnitra_original"])})
+
+    def __repr__(self) -> str:
+        return f"OptimizedModel({self.__dict__['_agnitra_original']!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.__dict__["_agnitra_original"], memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _same, (self.__dict__["_agnitra_original"],)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """Iterate over the original's modules."""
+        return self.__dict__["_agnitra_module"].named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the original's state."""
+        return self.__dict__["_agnitra_module"].state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the original; derived weights follow at the next call."""
+        return self.__dict__["_agnitra_module"].load_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> OptimizedModel:
+        """Set the original's training flag; a flag other than that at install runs the original path."""
+        self.__dict__["_agnitra_module"].train(mode)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> OptimizedModel:
+        self.__dict__["_agnitra_module"]._apply(fn, *args, **kwargs)
+        return self
+
+
+class _Context:
+    """What surrounds a call: training flag, autocast, and hooks, compared with their state at install.
+
+    Dynamo does not look at hooks again after it has compiled (`skip_nnmodule_hook_guards`), so this does.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.training = module.training
+        tensors = [*module.parameters(), *module.buffers()]
+        self.device_types = sorted({"cpu", *(tensor.device.type for tensor in tensors)})
+        self.autocast = self._autocast()
+        tables = [table for owner in module.modules() for table in (owner._forward_hooks, owner._forward_pre_hooks)]
+        tables += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
+        self.empty = [table for table in tables if not table]
+        self.filled = [(table, list(table)) for table in tables if table]
+
+    def _autocast(self) -> list[Any]:
+        return [
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in self.device_types
+        ]
+
+    def difference(self) -> str | None:
+        """Return what differs from the state at install, None when nothing does."""
+        if self.module.training is not self.training:
+            return "training mode"
+        if self._autocast() != self.autocast:
+            return "autocast"
+        if any(self.empty) or any(list(table) != keys for table, keys in self.filled):
+            return "hooks changed"
+        return None
+
+
+def clone_outputs(outputs: Any, clones: tuple[bool, ...]) -> Any:
+    """Copy the outputs that live in a CUDA graph's memory: its next replay overwrites them.
+
+    Args:
+        outputs: what the compiled call returned, any pytree.
+        clones: per tensor leaf, whether it must be copied; tensors that alias an input or a weight must not.
+    """
+    if isinstance(outputs, torch.Tensor):
+        return outputs.clone() if clones[:1] != (False,) else outputs
+    leaves, structure = _pytree.tree_flatten(outputs)
+    num_tensors = sum(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    wanted = iter(clones if len(clones) == num_tensors else (True,) * num_tensors)
+    copied = [leaf.clone() if isinstance(leaf, torch.Tensor) and next(wanted) else leaf for leaf in leaves]
+    return _pytree.tree_unflatten(copied, structure)
+
+
+def _has_inference_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_inference() for leaf in _pytree.tree_leaves((args, kwargs)))
+
+
+def _same(original: Any) -> Any:
+    return original

@@ -1,0 +1,161 @@
+"""Merging linears that share one input into one GEMM: the algebra that qkv_concat and gate_up_concat have in common.
+
+[x @ A.T, x @ B.T] = x @ concat(A, B).T, so the input is read once and a small GEMM becomes part of a larger one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from agnitra_lab.contracts.patch import PatchDescriptor
+from agnitra_lab.patch.context import RewriteContext
+from agnitra_lab.patch.ops import argument, binary, fake_of, is_written_between, memory_root, mutated_roots, op_name
+from agnitra_lab.patch.weights import why_not_derivable
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear call with its arguments."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+
+
+def shared_input_groups(graph: fx.Graph) -> list[list[Linear]]:
+    """Return the linears of the graph grouped by input node, groups of two or more, in graph order."""
+    groups: dict[fx.Node, list[Linear]] = {}
+    for node in graph.nodes:
+        if op_name(node) == "linear":
+            x, weight, bias = argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias")
+            if isinstance(x, fx.Node) and isinstance(weight, fx.Node) and not isinstance(bias, Tensor):
+                groups.setdefault(x, []).append(Linear(node, x, weight, bias))
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def find_gated_pair(group: Sequence[Linear]) -> tuple[Linear, Linear] | None:
+    """Return (gate, up) when two linears of the group meet in act(gate) * up, act one of silu, gelu, x*sigmoid(x)."""
+    by_node = {linear.node: linear for linear in group}
+    for gate in group:
+        for activated in _activations(gate.node):
+            for product in activated.users:
+                operands = binary(product, "mul")
+                if operands is None:
+                    continue
+                other = operands[1] if operands[0] is activated else operands[0]
+                if other in by_node and other is not gate.node:
+                    return gate, by_node[other]
+    return None
+
+
+def _activations(node: fx.Node) -> list[fx.Node]:
+    found = []
+    for user in node.users:
+        if op_name(user) in ("silu", "gelu") and user.args[:1] == (node,):
+            found.append(user)
+        operands = binary(user, "mul")
+        if operands and any(
+            op_name(other) == "sigmoid" and other.args[:1] == (node,) and own is node
+            for own, other in (operands, operands[::-1])
+        ):
+            found.append(user)
+    return found
+
+
+def why_not_mergeable(group: Sequence[Linear], context: RewriteContext) -> str | None:
+    """Return why these linears cannot become one, None when they can."""
+    weights = [context.real_tensor(linear.weight) for linear in group]
+    biases = [context.real_tensor(linear.bias) for linear in group if linear.bias is not None]
+    if biases and len(biases) != len(group):
+        return "some of the linears have a bias and some have none"
+    if any(not isinstance(weight, torch.nn.Parameter) for weight in weights):
+        return "a weight is computed in the graph or is not a Parameter"
+    if any(bias is None for bias in biases):
+        return "a bias is computed in the graph"
+    problem = why_not_derivable([*weights, *biases])
+    if problem:
+        return problem
+    if len({(tensor.dtype, tensor.device) for tensor in [*weights, *biases] if tensor is not None}) > 1:
+        return "weights differ in dtype or device"
+    written = mutated_roots(context.graph_module.graph)
+    if any(linear.weight in written or linear.bias in written for linear in group):
+        return "the graph itself writes to a weight"
+    if is_written_between(memory_root(group[0].x), group[0].node, group[-1].node):
+        return "the shared input is written between the linears"
+    return None
+
+
+def merge(action: str, group: Sequence[Linear], context: RewriteContext) -> PatchDescriptor:
+    """Replace the linears of a group by one linear and a narrow for each."""
+    first, graph = group[0], context.graph_module.graph
+    sizes = [_out_features(linear, context) for linear in group]
+    descriptor = context.describe(
+        action,
+        first.node,
+        [linear.node for linear in group],
+        f"linear(concat of {len(group)} weights)",
+        {"num_linears": len(group), "in_features": _in_features(first, context), "out_features": list(sizes)},
+    )
+    escaping = _escaping_roots(graph)
+    weight = context.derive(action, [linear.weight for linear in group], _concat, first.node)
+    bias = None
+    if first.bias is not None:
+        biases = [linear.bias for linear in group if linear.bias is not None]
+        bias = context.derive(f"{action}_bias", biases, _concat, first.node)
+    merged = context.call(first.node, torch._C._nn.linear, first.x, weight, bias)
+    _record_fake(merged, fake_of(first.node), sum(sizes))
+    start = 0
+    for linear, size in zip(group, sizes, strict=True):
+        piece = context.call(first.node, torch.narrow, merged, -1, start, size)
+        _record_fake(piece, fake_of(linear.node), size)
+        if linear.node in escaping:
+            # The caller sees this value's strides: give it memory of its own, as the single linear did.
+            piece = context.call(first.node, torch.clone, piece, memory_format=torch.contiguous_format)
+            _record_fake(piece, fake_of(linear.node), size)
+        else:
+            _allow_strided(linear.node)
+        linear.node.replace_all_uses_with(piece)
+        start += size
+    for linear in group:
+        graph.erase_node(linear.node)
+    return descriptor
+
+
+def _concat(*weights: Tensor) -> Tensor:
+    return torch.cat(weights, dim=0)
+
+
+def _out_features(linear: Linear, context: RewriteContext) -> int:
+    weight = context.real_tensor(linear.weight)
+    assert weight is not None
+    return int(weight.shape[0])
+
+
+def _in_features(linear: Linear, context: RewriteContext) -> int:
+    weight = context.real_tensor(linear.weight)
+    assert weight is not None
+    return int(weight.shape[1])
+
+
+def _record_fake(node: fx.Node, like: Tensor | None, width: int) -> None:
+    if like is not None:
+        node.meta["example_value"] = like.new_empty((*like.shape[:-1], width))
+
+
+def _escaping_roots(graph: fx.Graph) -> set[fx.Node]:
+    """Memory roots that leave the graph, as outputs or as the receiver of a later write."""
+    output: Any = next(iter(graph.find_nodes(op="output")))
+    return {memory_root(node) for node in output.all_input_nodes}
+
+
+def _allow_strided(node: fx.Node) -> None:
+    # `view` demands a layout that a column slice may lack; `reshape` asks for the same value and copies if it must.
+    for user in node.users:
+        if user.op == "call_method" and user.target == "view" and not isinstance(user.args[1], torch.dtype):
+            user.target = "reshape"

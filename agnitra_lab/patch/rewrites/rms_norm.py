@@ -1,0 +1,126 @@
+"""RMSNorm, written as an op or by hand, with the residual add before it, becomes one kernel.
+
+Trigger: F.rms_norm, or x * rsqrt(mean(x*x, last dim) + eps) * weight with optional casts (`agnitra_lab.patch.norms`);
+when x is the sum of two tensors of one shape, the sum is the kernel's second output and its other users read that.
+Algebra: the same formula with sums in float32; `cast_before_weight` keeps the place where values are rounded.
+Guard: x is contiguous, weight and result have x's dtype, nothing writes x in between.
+Source: RMSNorm (Zhang and Sennrich, arXiv 1910.07467, section 4); fused residual add as in Liger Kernel and vLLM.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import JsonValue
+from torch import Tensor, fx
+
+from agnitra_lab.contracts.kernel import Kernel
+from agnitra_lab.contracts.patch import PatchDescriptor
+from agnitra_lab.patch.context import RewriteContext, erase_unused
+from agnitra_lab.patch.norms import RMSNorm, find_rms_norms
+from agnitra_lab.patch.ops import binary, fake_of, is_written_between, memory_root
+
+ACTION = "rms_norm"
+
+
+def apply(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], context: RewriteContext
+) -> list[PatchDescriptor]:
+    """Replace each RMSNorm by the kernel.
+
+    Returns:
+        One descriptor per norm.
+    """
+    kernel = context.kernels.get(ACTION)
+    if kernel is None:
+        context.refuse(ACTION, "no rms_norm kernel was given")
+        return []
+    norms = find_rms_norms(graph_module.graph)
+    if not norms:
+        context.refuse(ACTION, "the graph has no RMSNorm with a weight")
+    descriptors = []
+    # A fused norm replaces the sum it reads; norms found later must read the new node.
+    moved: dict[fx.Node, fx.Node] = {}
+    for norm in norms:
+        x = moved.get(norm.x, norm.x)
+        problem = _why_not(norm, x)
+        if problem:
+            context.refuse(ACTION, problem)
+            continue
+        descriptors.append(_replace(norm, x, kernel, context, moved))
+    return descriptors
+
+
+def _why_not(norm: RMSNorm, x: fx.Node) -> str | None:
+    fake, weight, result = fake_of(x), fake_of(norm.weight), fake_of(norm.result)
+    if fake is None or weight is None or result is None:
+        return "shapes are not known"
+    if not weight.dtype == fake.dtype == result.dtype:
+        return f"x, weight and result differ in dtype ({fake.dtype}, {weight.dtype}, {result.dtype})"
+    if tuple(weight.shape) != tuple(fake.shape[-1:]) or result.shape != fake.shape:
+        return "the weight is not one value per element of the last dimension"
+    if not fake.is_contiguous():
+        return "x is not contiguous"
+    if is_written_between(memory_root(x), norm.nodes[0], norm.result):
+        return "x is written while it is normed"
+    return None
+
+
+def _replace(
+    norm: RMSNorm, x: fx.Node, kernel: Kernel, context: RewriteContext, moved: dict[fx.Node, fx.Node]
+) -> PatchDescriptor:
+    summed = _residual_sum(norm, x)
+    gone = [x, *norm.nodes] if summed else list(norm.nodes)
+    fake = fake_of(x)
+    assert fake is not None
+    config: dict[str, JsonValue] = {
+        "kernel": kernel.config.key(),
+        "shape": [int(size) for size in fake.shape],
+        "eps": norm.eps,
+        "cast_before_weight": norm.cast_before_weight,
+        "is_residual_fused": summed is not None,
+    }
+    descriptor = context.describe(ACTION, norm.result, gone, f"kernel {kernel.name}", config, kernel.content_hash)
+    order = {"cast_before_weight": norm.cast_before_weight}
+    if summed is None:
+        normed = context.call(norm.result, kernel.call, x, norm.weight, norm.eps, **order)
+    else:
+        weight = _weight_at(norm.weight, x, context)
+        pair = context.call(x, kernel.call, summed[0], weight, norm.eps, residual=summed[1], **order)
+        normed = context.call(x, operator.getitem, pair, 0)
+        total = context.call(x, operator.getitem, pair, 1)
+        total.meta["example_value"] = fake
+        x.replace_all_uses_with(total)
+        moved[x] = total
+    normed.meta["example_value"] = fake_of(norm.result)
+    norm.result.replace_all_uses_with(normed)
+    erase_unused(gone)
+    return descriptor
+
+
+def _residual_sum(norm: RMSNorm, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return both summands when x is a plain sum that the kernel can take over where it stands."""
+    operands = binary(x, "add")
+    if operands is None or norm.weight.op not in ("placeholder", "get_attr"):
+        return None
+    left, right = operands
+    fakes = (fake_of(left), fake_of(right), fake_of(x))
+    if not all(isinstance(fake, Tensor) for fake in fakes):
+        return None
+    if len({(tuple(fake.shape), fake.dtype, fake.device) for fake in fakes if fake is not None}) != 1:
+        return None
+    # The kernel runs where the sum stood; a write between there and the norm would come too late for it.
+    if is_written_between(memory_root(x), x, norm.result):
+        return None
+    return left, right
+
+
+def _weight_at(weight: fx.Node, before: fx.Node, context: RewriteContext) -> fx.Node:
+    if weight.op == "placeholder":
+        return weight
+    with context.graph_module.graph.inserting_before(before):
+        earlier = context.graph_module.graph.get_attr(str(weight.target))
+    earlier.meta = dict(weight.meta)
+    return earlier

@@ -1,0 +1,124 @@
+"""The cheap test before each call: is this the kind of call that the compiled graph was made for?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Check = Callable[[Any], bool]
+
+
+class Signature:
+    """What the arguments of one call look like: structure, tensor shapes, dtypes, devices, strides, scalar values.
+
+    `explain` walks the same checks and names the first that fails; it runs only after a miss.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._args = [_Leaf(f"argument {index}", value) for index, value in enumerate(args)]
+        self._kwargs = {name: _Leaf(f"argument {name}", value) for name, value in kwargs.items()}
+        self._checks = [leaf.matches for leaf in self._args]
+        self._num_args = len(args)
+
+    def matches(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call looks the same."""
+        if len(args) != self._num_args or len(kwargs) != len(self._kwargs):
+            return False
+        for check, value in zip(self._checks, args, strict=True):
+            if not check(value):
+                return False
+        for name, value in kwargs.items():
+            leaf = self._kwargs.get(name)
+            if leaf is None or not leaf.matches(value):
+                return False
+        return True
+
+    def explain(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """Return which part of a call differs: "number of arguments", "shape", "dtype", "device", "strides", ..."""
+        if len(args) != self._num_args or kwargs.keys() != self._kwargs.keys():
+            return "number of arguments"
+        pairs = [*zip(self._args, args, strict=True), *((self._kwargs[name], kwargs[name]) for name in kwargs)]
+        return next((leaf.difference(value) for leaf, value in pairs if not leaf.matches(value)), "arguments")
+
+
+class _Leaf:
+    """One argument. Containers check their items; other objects must be of the same type, Dynamo guards the rest."""
+
+    def __init__(self, where: str, value: Any) -> None:
+        self.where = where
+        self.type = type(value)
+        self.items: list[_Leaf] = []
+        self.keys: list[Any] = []
+        self.value: Any = None
+        if isinstance(value, Tensor):
+            self.shape, self.stride, self.dtype, self.device = value.shape, value.stride(), value.dtype, value.device
+            self.requires_grad = value.requires_grad
+            self.matches: Check = self._matches_tensor
+        elif self.type in (tuple, list):
+            self.items = [_Leaf(where, item) for item in value]
+            self.matches = self._matches_sequence
+        elif self.type is dict:
+            self.keys = list(value)
+            self.items = [_Leaf(where, item) for item in value.values()]
+            self.matches = self._matches_dict
+        elif value is None or self.type in (bool, int, float, complex, str, torch.dtype, torch.device):
+            self.value = value
+            self.matches = self._matches_value
+        else:
+            self.matches = self._matches_type
+
+    def _matches_tensor(self, value: Any) -> bool:
+        return (
+            type(value) is self.type
+            and value.shape == self.shape
+            and value.dtype is self.dtype
+            and value.stride() == self.stride
+            and value.device == self.device
+            and value.requires_grad is self.requires_grad
+        )
+
+    def _matches_sequence(self, value: Any) -> bool:
+        return (
+            type(value) is self.type
+            and len(value) == len(self.items)
+            and all(leaf.matches(item) for leaf, item in zip(self.items, value, strict=True))
+        )
+
+    def _matches_dict(self, value: Any) -> bool:
+        return (
+            type(value) is dict
+            and list(value) == self.keys
+            and all(leaf.matches(item) for leaf, item in zip(self.items, value.values(), strict=True))
+        )
+
+    def _matches_value(self, value: Any) -> bool:
+        return type(value) is self.type and value == self.value
+
+    def _matches_type(self, value: Any) -> bool:
+        return type(value) is self.type
+
+    def difference(self, value: Any) -> str:
+        if type(value) is not self.type:
+            return "type"
+        if self.items:
+            if not hasattr(value, "__len__") or len(value) != len(self.items):
+                return "structure"
+            items = value.values() if isinstance(value, dict) else value
+            return next(
+                (leaf.difference(item) for leaf, item in zip(self.items, items, strict=True) if not leaf.matches(item)),
+                "structure",
+            )
+        if isinstance(value, Tensor):
+            for name, expected, given in (
+                ("shape", self.shape, value.shape),
+                ("dtype", self.dtype, value.dtype),
+                ("device", self.device, value.device),
+                ("strides", self.stride, value.stride()),
+                ("requires_grad", self.requires_grad, value.requires_grad),
+            ):
+                if given != expected:
+                    return name
+        return "value"

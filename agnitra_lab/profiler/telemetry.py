@@ -1,0 +1,157 @@
+"""Telemetry: what a profile gives to its user, as the seed's JSON record and as pandas frames built when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agnitra_lab.contracts import Bottleneck, GraphHandoff, GraphNode, KernelEvent, OpEvent, TelemetryRecord
+from agnitra_lab.errors import RunStoreError
+from agnitra_lab.profiler import frames
+from agnitra_lab.profiler.attribution import Attribution
+from agnitra_lab.redact import redact
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+JSON_FILE = "telemetry.json"
+PARQUET_FILE = "events.parquet"
+
+
+@dataclass(eq=False, repr=False)
+class Telemetry:
+    """One profile.
+
+    Attributes:
+        record: the telemetry JSON as a contract; its `events` and `kernels` hold the 50 largest rows.
+        value: what the profiled callable returned.
+        all_ops: every row of the op table, largest first; they sum to `record.total_self_ms`.
+        all_kernels: every row of the kernel table, largest first.
+        graph: the captured graph of the root module that took the most time, None when there is none.
+        graph_nodes: (printed name, node) of every captured graph, in execution order.
+        graph_capture_ms: what tracing the graphs took, after the profile.
+        attribution: every event with its place, None when the body ran unprofiled.
+    """
+
+    record: TelemetryRecord
+    value: Any = None
+    all_ops: tuple[OpEvent, ...] = ()
+    all_kernels: tuple[KernelEvent, ...] = ()
+    graph: GraphHandoff | None = None
+    graph_nodes: tuple[tuple[str, GraphNode], ...] = ()
+    graph_capture_ms: float = 0.0
+    attribution: Attribution | None = None
+
+    @property
+    def bottleneck(self) -> Bottleneck | None:
+        """The row that takes the largest self time, None when nothing ran."""
+        return self.record.bottleneck
+
+    @cached_property
+    def ops(self) -> pd.DataFrame:
+        """One row per op at a node (or in a module), largest first. Columns: `frames.OP_COLUMNS`."""
+        return frames.contract_frame(self.all_ops, frames.OP_COLUMNS)
+
+    @cached_property
+    def kernels(self) -> pd.DataFrame:
+        """One row per GPU kernel, launching op and node; empty on a CPU. Columns: `frames.KERNEL_COLUMNS`."""
+        return frames.contract_frame(self.all_kernels, frames.KERNEL_COLUMNS)
+
+    @cached_property
+    def nodes(self) -> pd.DataFrame:
+        """One row per graph node in graph order, with cost and rates. Columns: `frames.NODE_COLUMNS`."""
+        return frames.node_frame(self.all_ops, self.graph_nodes)
+
+    @cached_property
+    def modules(self) -> pd.DataFrame:
+        """One row per module, by the time of its own ops. Columns: `frames.MODULE_COLUMNS`."""
+        return frames.module_frame(self.all_ops)
+
+    @cached_property
+    def memory(self) -> pd.DataFrame:
+        """One row per known memory quantity. Columns: `frames.MEMORY_COLUMNS`."""
+        return frames.memory_frame(self.record.memory)
+
+    @cached_property
+    def gpu(self) -> pd.DataFrame:
+        """One row per NVML sample; empty without a GPU. Columns: `frames.GPU_COLUMNS`."""
+        return frames.contract_frame(self.record.gpu.samples, frames.GPU_COLUMNS)
+
+    @cached_property
+    def events(self) -> pd.DataFrame:
+        """Every event, as in the Parquet file. Columns: `frames.EVENT_COLUMNS`."""
+        return frames.event_frame(self.attribution)
+
+    def to_json(self) -> str:
+        """Return the telemetry JSON, redacted."""
+        return _json_of(self.record)
+
+    def save(self, directory: str | os.PathLike[str]) -> list[Path]:
+        """Write telemetry.json and events.parquet.
+
+        Args:
+            directory: made when missing.
+
+        Returns:
+            The paths of the two files.
+
+        Raises:
+            RunStoreError: when the directory cannot be made or written.
+        """
+        folder = Path(directory)
+        record_path, events_path = folder / JSON_FILE, folder / PARQUET_FILE
+        record = self.record.model_copy(update={"parquet": PARQUET_FILE})
+        events = self.events.copy()
+        for column in ("name", "node", "module_path"):
+            events[column] = events[column].astype("category")
+            events[column] = events[column].cat.rename_categories(redact_categories(events[column].cat.categories))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(events_path, lambda path: events.to_parquet(path, compression="zstd", index=False))
+            _replace(record_path, lambda path: path.write_text(_json_of(record) + "\n", encoding="utf-8"))
+        except OSError as error:
+            raise RunStoreError(
+                f"Telemetry cannot be written to {folder} ({error.strerror or error}).",
+                hint="Give a folder that you may write to.",
+            ) from error
+        return [record_path, events_path]
+
+    def __repr__(self) -> str:
+        record = self.record
+        name = f"{record.name!r}, " if record.name else ""
+        wall = f"{record.wall_ms:.3f} ms" if record.wall_ms is not None else "not timed"
+        if record.bottleneck is None:
+            return f"Telemetry({name}{wall}, no op ran)"
+        path = record.bottleneck.module_path
+        place = record.bottleneck.node or (path or "the root module" if path is not None else "no module")
+        share = f", {record.bottleneck.share:.0%} of {record.total_self_ms:.3f} ms" if record.bottleneck.share else ""
+        return f"Telemetry({name}{wall}, bottleneck {record.bottleneck.op} at {place}{share})"
+
+
+def redact_categories(categories: Any) -> list[str]:
+    """Return category names without credentials; names that become equal stay apart by a counter."""
+    seen: dict[str, int] = {}
+    names = []
+    for category in categories:
+        name = str(redact(str(category)))
+        count = seen[name] = seen.get(name, 0) + 1
+        names.append(name if count == 1 else f"{name} ({count})")
+    return names
+
+
+def _json_of(record: TelemetryRecord) -> str:
+    return json.dumps(redact(record.model_dump(mode="json")), indent=2, ensure_ascii=False)
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write to a temporary name first, so that a file that has its name is whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""The one redactor: everything that leaves the process passes it (files, logs, events, notebook output)."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+REDACTED = "[redacted]"
+
+_SECRET_NAME = re.compile(r"(?i)(api[-_]?key|secret|token|passw(or)?d|authorization|credential|private[-_]?key)$")
+_SECRET_TEXT = re.compile(
+    r"""(?x)
+      \b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,}            # OpenAI, Anthropic and Stripe style
+    | \bgh[pousr]_[A-Za-z0-9]{20,}                 # GitHub
+    | \bhf_[A-Za-z0-9]{20,}                        # Hugging Face
+    | \bAKIA[0-9A-Z]{16}\b                         # AWS access key id
+    | \beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}         # JWT
+    | (?i:bearer)\s+[A-Za-z0-9._~+/=-]{8,}
+    """
+)
+_SECRET_FLAG = re.compile(r"(?i)(--?[\w-]*(?:api-?key|token|secret|password)[=\s]+)([^\s\"'<>&\\,]+)")
+_URL_USERINFO = re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://)[^/\s@]+@")
+# Names whose values count tokens of text, not credentials.
+_TOKEN_COUNTS = re.compile(r"(?i)(num|input|output|total|max|prompt|completion|cached?)_?tokens?$|^tokens?$")
+
+
+def _environment_secrets() -> list[str]:
+    named = (value for name, value in os.environ.items() if _SECRET_NAME.search(name))
+    return sorted({value for value in named if len(value) >= 8}, key=len, reverse=True)
+
+
+def redact_text(text: str) -> str:
+    """Replace credentials in `text`: known shapes, secret flags, URL user info, and the values of secret
+    environment variables. The home folder becomes `~`, so that no account name leaves either."""
+    for value in _environment_secrets():
+        text = text.replace(value, REDACTED)
+    text = _SECRET_FLAG.sub(rf"\1{REDACTED}", text)
+    text = _SECRET_TEXT.sub(REDACTED, text)
+    text = _URL_USERINFO.sub(rf"\1{REDACTED}@", text)
+    home = str(Path.home())
+    if len(home) > 1:
+        text = re.sub(rf"(?<![\w/.-]){re.escape(home)}(?=/|$|\W)", "~", text)
+    return text
+
+
+def redact(value: Any) -> Any:
+    """Redact a JSON-like value: mappings by key name as well as by text; other leaves pass unchanged."""
+    if isinstance(value, str):
+        return redact_text(value)
+    if isinstance(value, dict):
+        return {key: REDACTED if _is_secret_entry(str(key), item) else redact(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return _redact_sequence(value)
+    return value
+
+
+def _is_secret_entry(key: str, item: Any) -> bool:
+    return isinstance(item, str) and bool(_SECRET_NAME.search(key)) and not _TOKEN_COUNTS.search(key)
+
+
+def _redact_sequence(items: list[Any] | tuple[Any, ...]) -> list[Any]:
+    redacted: list[Any] = []
+    after_flag = False
+    for item in items:
+        redacted.append(REDACTED if after_flag and isinstance(item, str) else redact(item))
+        # `--api-key VALUE` in an argv list: the value stands in the next element.
+        after_flag = isinstance(item, str) and item.startswith("-") and bool(_SECRET_NAME.search(item))
+    return redacted

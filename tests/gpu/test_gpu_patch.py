@@ -1,0 +1,234 @@
+"""Patching on a real GPU: Triton kernels in the graph, SDPA backends, CUDA graphs, and rollback of a larger state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from agnitra_lab.contracts import Workload
+from agnitra_lab.patch.install import compile_mode, install
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+WIDTH, INNER, HEADS = 256, 512, 4
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+
+    def forward(self, x):
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Norm(), Norm()
+        self.query = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.key = nn.Linear(WIDTH, WIDTH // 2, bias=False)
+        self.value = nn.Linear(WIDTH, WIDTH // 2, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.gate = nn.Linear(WIDTH, INNER, bias=False)
+        self.up = nn.Linear(WIDTH, INNER, bias=False)
+        self.down = nn.Linear(INNER, WIDTH, bias=False)
+
+    def forward(self, x):
+        rows, tokens, _ = x.shape
+        h = self.first(x)
+        q = self.query(h).view(rows, tokens, HEADS, -1).transpose(1, 2)
+        k = self.key(h).view(rows, tokens, HEADS // 2, -1).transpose(1, 2)
+        v = self.value(h).view(rows, tokens, HEADS // 2, -1).transpose(1, 2)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(x.shape))
+        h = self.second(x)
+        return x + self.down(functional.silu(self.gate(h)) * self.up(h))
+
+
+class Tower(nn.Module):
+    def __init__(self, num_layers: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block() for _ in range(num_layers)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def tower():
+    torch.manual_seed(0)
+    return Tower().to("cuda", torch.bfloat16).eval()
+
+
+def x_of(*shape):
+    return torch.randn(*shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(torch.bfloat16)
+
+
+def kernels(num_rows):
+    from agnitra_lab.generate.defaults import default_config
+    from agnitra_lab.generate.render import render
+
+    shapes = {"rms_norm": (num_rows, WIDTH), "swiglu": (num_rows, INNER)}
+    return {name: render(default_config(name, shape, "bfloat16")) for name, shape in shapes.items()}
+
+
+def check_close(ours, theirs):
+    scale = theirs.float().pow(2).mean().sqrt()
+    within = (ours.float() - theirs.float()).abs() <= 1.6e-2 * (scale + theirs.float().abs())
+    assert within.float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("tokens", [1, 77])
+def test_all_actions_together_are_equivalent_and_roll_back(tower, tokens):
+    x = x_of(2, tokens, WIDTH)
+    actions = ["rms_norm", "swiglu", "qkv_concat", "gate_up_concat", "sdpa_backend", "cuda_graph"]
+    patch = install(Workload("tower", tower, (x,)), actions, name="candidate", kernels=kernels(2 * tokens))
+    made = [descriptor.action for descriptor in patch.log().descriptors]
+    assert {name: made.count(name) for name in ("rms_norm", "swiglu", "qkv_concat", "gate_up_concat")} == {
+        "rms_norm": 4, "swiglu": 2, "qkv_concat": 2, "gate_up_concat": 2,
+    }  # fmt: skip
+    with torch.no_grad():
+        for _ in range(4):
+            check_close(patch.model(x), tower(x))
+    assert patch.model.num_guard_misses == 0
+    proof = patch.rollback()
+    assert proof.is_restored, proof.detail
+
+
+def test_outputs_of_a_cuda_graph_outlive_the_next_call(tower):
+    x = x_of(1, 3, WIDTH)
+    for patch in (
+        install(Workload("tower", tower, (x,)), ["cuda_graph"], name="candidate"),
+        compile_mode(Workload("tower", tower, (x,)), "reduce-overhead"),
+    ):
+        with torch.no_grad():
+            outputs = [patch.model(x * scale) for scale in (1, 2, 3, 4)]
+            for scale, output in zip((1, 2, 3, 4), outputs, strict=True):
+                check_close(output, tower(x * scale))
+
+
+def test_a_merged_weight_is_read_in_place_by_a_cuda_graph_and_follows_updates(tower):
+    x = x_of(1, 3, WIDTH)
+    patch = install(Workload("tower", tower, (x,)), ["cuda_graph", "qkv_concat", "gate_up_concat"], name="candidate")
+    with torch.no_grad():
+        for _ in range(4):
+            patch.model(x)
+        tower.layers[0].gate.weight.mul_(-1)
+        for _ in range(2):
+            check_close(patch.model(x), tower(x))
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CUDA]) as capture:
+        patch.model(x)
+        torch.cuda.synchronize()
+    num_copies = sum(event.count for event in capture.key_averages() if "memcpy" in event.key.lower())
+    # The input goes in, the output comes out, and each counts as the call and the copy; four merged weights copied in
+    # would make it at least twelve.
+    assert num_copies <= 4
+
+
+def test_a_cache_of_the_model_is_written_in_place_under_a_cuda_graph():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.key = nn.Linear(WIDTH, 64, bias=False)
+            self.value = nn.Linear(WIDTH, 64, bias=False)
+            self.register_buffer("cache", torch.zeros(1, 16, 64))
+
+        def forward(self, x, position):
+            self.cache.index_copy_(1, position, self.key(x))
+            return self.cache.sum(1) + self.value(x)[:, 0], self.cache
+
+    torch.manual_seed(0)
+    model = Caching().cuda().eval()
+    torch.manual_seed(0)
+    twin = Caching().cuda().eval()
+    x = torch.randn(1, 1, WIDTH, device="cuda")
+    workload = Workload("cache", model, (x, torch.zeros(1, dtype=torch.long, device="cuda")))
+    patch = install(workload, ["cuda_graph", "qkv_concat"], name="candidate")
+    assert model.cache.count_nonzero() == 0
+    with torch.no_grad():
+        for step in range(8):
+            position = torch.full((1,), step, dtype=torch.long, device="cuda")
+            ours, cache = patch.model(x + step, position)
+            theirs, _ = twin(x + step, position)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            assert cache.data_ptr() == model.cache.data_ptr()
+    torch.testing.assert_close(model.cache, twin.cache, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 8, 1024, 64), {"is_causal": True}),
+        ((1, 8, 1, 128), {}),
+        ((2, 8, 257, 64), {"mask": True}),
+        ((2, 8, 512, 64), {"is_causal": True, "groups": 4}),
+    ],
+)
+def test_the_chosen_sdpa_backend_is_the_one_that_runs(shape, options):
+    class Attend(nn.Module):
+        def forward(self, q, k, v, mask=None):
+            return functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=options.get("is_causal", False), enable_gqa="groups" in options
+            )
+
+    rows, heads, tokens, width = shape
+    kv_heads = heads // options.get("groups", 1)
+    q = x_of(rows, tokens, heads, width).transpose(1, 2)
+    k, v = (x_of(rows, max(tokens, 300), kv_heads, width).transpose(1, 2) for _ in range(2))
+    if options.get("is_causal"):
+        k, v = k[:, :, :tokens], v[:, :, :tokens]
+    args = (q, k, v, torch.rand(tokens, k.shape[2], device="cuda") > 0.3) if options.get("mask") else (q, k, v)
+    model = Attend().eval()
+    patch = install(Workload("attend", model, args), ["sdpa_backend"], name="candidate")
+    log = patch.log()
+    assert len(log.descriptors) + len(log.refusals) == 1
+    if log.refusals:
+        assert "within 3%" in log.refusals[0].reason
+    else:
+        print(log.descriptors[0].replacement, log.descriptors[0].config)
+    with torch.no_grad():
+        ours, theirs = patch.model(*args), model(*args)
+    assert ours.stride() == theirs.stride()
+    check_close(ours, theirs)
+
+
+def test_a_backend_forced_into_the_graph_survives_inductor():
+    from torch._inductor.utils import run_and_get_code
+    from torch.nn.attention import SDPBackend
+
+    from agnitra_lab.patch.rewrites import sdpa_backend
+
+    q = x_of(1, 64, 4, 64).transpose(1, 2)
+    forced = sdpa_backend._on_backend(SDPBackend.EFFICIENT_ATTENTION, q.stride())
+    with torch.no_grad():
+        _, codes = run_and_get_code(torch.compile(lambda q: forced(query=q, key=q, value=q)), q)
+    assert "efficient_attention" in codes[0]
+
+
+def test_a_fingerprint_of_two_gigabytes_takes_little_time_and_sees_one_bit():
+    import time
+
+    from agnitra_lab.patch.rollback import fingerprint
+
+    model = nn.Linear(1, 1)
+    model.weight = nn.Parameter(torch.randn(1_100_000_000, device="cuda", dtype=torch.bfloat16), requires_grad=False)
+    before = fingerprint(model)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    assert fingerprint(model) == before
+    print(f"fingerprint of 2.2 GB: {time.perf_counter() - started:.3f} s")
+    model.weight.data.view(torch.int16)[777_777_777] ^= 1
+    assert fingerprint(model) != before

@@ -1,0 +1,49 @@
+"""Which candidate is kept, and what the table says of the others."""
+
+from agnitra_lab.benchmark.winner import judge, pass_over, ranking
+from agnitra_lab.contracts.measurement import Comparison, Equivalence, Latency, Ratio
+
+EQUAL = Equivalence(
+    is_equivalent=True, match_share=1.0, required_share=0.999, rtol=1e-4, num_seeds=3, num_elements=10,
+    max_abs_error=0.0, error_vs_fp64=None, baseline_error_vs_fp64=None, error_ratio=None,
+)  # fmt: skip
+
+
+def comparison(verdict: str, speedup: float, candidate: str = "c", baseline: str = "eager") -> Comparison:
+    latency = Latency(latency_ms_p50=1.0, latency_ms_p20=0.9, latency_ms_p80=1.1, num_samples=10)
+    return Comparison(
+        workload="w", baseline=baseline, candidate=candidate, baseline_latency=latency, candidate_latency=latency,
+        speedup=Ratio(median=speedup, low=speedup * 0.98, high=speedup * 1.02),
+        noise=Ratio(median=1, low=0.99, high=1.01),
+        baseline_items_per_second=1.0, candidate_items_per_second=1.0, item_unit="calls",
+        equivalence=EQUAL, verdict=verdict,
+    )  # fmt: skip
+
+
+def test_only_a_candidate_that_is_proved_faster_is_eligible() -> None:
+    rows = [judge(verdict, comparison(verdict, 1.5), 1.0) for verdict in ("faster", "no_change", "slower")]
+    assert [row.name for row in ranking(rows)] == ["faster"]
+
+
+def test_candidates_rank_by_their_paired_speed_up() -> None:
+    rows = [judge(str(speedup), comparison("faster", speedup), 1.0) for speedup in (1.2, 1.9, 1.5)]
+    assert [row.name for row in ranking(rows)] == ["1.9", "1.5", "1.2"]
+
+
+def test_no_change_is_told_with_the_baselines_own_noise() -> None:
+    assert "eager against itself [0.990, 1.010]" in judge("x", comparison("no_change", 1.005), 1.0).reason
+
+
+def test_the_loser_of_the_final_is_rejected_with_what_was_measured() -> None:
+    rows = [judge(name, comparison("faster", speedup), 1.0) for name, speedup in (("a", 1.5), ("b", 1.4), ("c", 1.1))]
+    final = comparison("faster", 1.1, candidate="a", baseline="b")
+    kept, finalist, other = pass_over(rows, rows[0], final)
+    assert kept.status == "kept"
+    assert finalist.status == other.status == "rejected"
+    assert "head to head a over b 1.100x" in finalist.reason
+    assert "head to head" not in other.reason
+
+
+def test_without_a_winner_nothing_changes() -> None:
+    rows = [judge("x", comparison("slower", 0.8), None)]
+    assert pass_over(rows, None, None) == rows

@@ -1,0 +1,325 @@
+import gc
+import json
+import warnings
+import weakref
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from agnitra_lab.contracts import TelemetryRecord, Workload
+from agnitra_lab.errors import CaptureError, RunStoreError, UsageError
+from agnitra_lab.profiler import frames
+from agnitra_lab.profiler.capture import capture_block, profile
+from agnitra_lab.profiler.session import is_profiler_active
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class SmallDecoder(nn.Module):
+    def __init__(self, width=32):
+        super().__init__()
+        self.embedding = nn.Embedding(64, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.lm_head = nn.Linear(width, 64)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x)
+
+
+IDS = torch.arange(8)[None]
+
+
+def hooks():
+    return [len(table) for name, table in vars(nn_module).items() if name.startswith("_global_forward")]
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    torch.manual_seed(0)
+    return SmallDecoder().eval()
+
+
+@pytest.fixture(scope="module")
+def telemetry(decoder):
+    return profile(Workload("small", decoder, (IDS,), items_per_call=8, item_unit="tokens", phase="prefill"))
+
+
+def test_nine_tenths_of_a_decoders_self_time_are_tied_to_graph_nodes(telemetry):
+    assert telemetry.record.attributed_share >= 0.9
+    assert telemetry.bottleneck.node in set(telemetry.nodes.node)
+    assert telemetry.bottleneck.source.startswith("test_profiler_capture.py:")
+
+
+def test_nested_ops_have_the_node_and_module_of_their_top_level_op(telemetry):
+    row = telemetry.ops[(telemetry.ops.op == "aten::addmm") & (telemetry.ops.module_path == "lm_head")].iloc[0]
+    assert (row.method, row.num_calls) == ("fx_node", 1)
+    assert telemetry.nodes.set_index("node").op[row.node] == "aten::linear"
+
+
+def test_rows_sum_to_the_total_and_shares_to_one(telemetry):
+    assert telemetry.ops.latency_ms.sum() == pytest.approx(telemetry.record.total_self_ms)
+    assert telemetry.ops.share.sum() == pytest.approx(1.0)
+    assert telemetry.modules.latency_ms.sum() == pytest.approx(telemetry.record.total_self_ms)
+
+
+def test_a_workloads_rows_carry_recorded_input_shapes(telemetry):
+    row = telemetry.ops[(telemetry.ops.op == "aten::linear") & (telemetry.ops.module_path == "lm_head")].iloc[0]
+    assert row["shape"] == (1, 8, 32)
+
+
+def test_tokens_per_second_follow_from_the_wall_time(telemetry):
+    record = telemetry.record
+    assert record.tokens_per_second == pytest.approx(8 / (record.wall_ms / 1e3))
+    assert (record.num_repeats, record.phase, record.workload) == (3, "prefill", "small")
+
+
+def test_every_frame_has_its_documented_columns(telemetry):
+    assert tuple(telemetry.ops) == frames.OP_COLUMNS
+    assert tuple(telemetry.kernels) == frames.KERNEL_COLUMNS
+    assert tuple(telemetry.nodes) == frames.NODE_COLUMNS
+    assert tuple(telemetry.modules) == frames.MODULE_COLUMNS
+    assert tuple(telemetry.memory) == frames.MEMORY_COLUMNS
+    assert tuple(telemetry.gpu) == frames.GPU_COLUMNS
+    assert tuple(telemetry.events) == frames.EVENT_COLUMNS
+
+
+def test_parameters_are_counted_in_bytes(telemetry, decoder):
+    expected = 4 * sum(parameter.numel() for parameter in decoder.parameters())
+    assert telemetry.record.memory.parameter_bytes == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_its_values_are_null_with_a_reason(telemetry):
+    record = telemetry.record
+    assert record.gpu.gpu_utilisation is None
+    assert "no CUDA device" in record.gpu.reason
+    assert record.behavior.gpu_util_mean is None
+    assert record.memory.peak_memory_bytes is None
+    assert record.events[0].device_ms is None
+
+
+def test_saved_files_read_back(telemetry, tmp_path):
+    json_path, parquet_path = telemetry.save(tmp_path / "deep" / "folder")
+    record = TelemetryRecord.from_json(json_path.read_text())
+    assert record.parquet == parquet_path.name
+    assert record.bottleneck == telemetry.bottleneck
+    events = pd.read_parquet(parquet_path)
+    assert len(events) == telemetry.record.num_events
+    assert sorted(path.name for path in json_path.parent.iterdir()) == ["events.parquet", "telemetry.json"]
+    seed_keys = {"bottleneck", "events", "gpu", "behavior"}
+    assert seed_keys <= set(json.loads(telemetry.to_json()))
+
+
+def test_a_folder_that_cannot_be_made_is_reported(telemetry, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunStoreError, match="cannot be written"):
+        telemetry.save(tmp_path / "file" / "below")
+
+
+def test_the_record_keeps_the_largest_rows_only(telemetry):
+    assert len(telemetry.record.events) <= 50 < len(telemetry.all_ops)
+    assert telemetry.record.events == telemetry.all_ops[:50]
+
+
+def test_a_conv_net_is_profiled_by_module():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()).eval()
+    found = profile(Workload("conv", net, (torch.randn(1, 3, 16, 16),), items_per_call=1, item_unit="images"), repeat=1)
+    assert found.record.attributed_share >= 0.9
+    assert set(found.modules.module_path.dropna()) >= {"0", "1"}
+    assert found.record.tokens_per_second is None
+
+
+def test_a_callable_runs_exactly_once_and_its_value_is_kept(decoder):
+    calls = []
+
+    def cell():
+        calls.append(1)
+        return decoder(IDS).argmax(-1)
+
+    found = profile(cell, name="cell")
+    assert calls == [1]
+    assert found.value.shape == (1, 8)
+    assert found.record.name == "cell"
+    assert found.record.wall_ms == found.record.profiled_ms
+    assert {"fx_node", "outside_graph"} <= set(found.ops.method)
+
+
+def test_a_callable_can_be_repeated_when_asked():
+    calls = []
+    found = profile(lambda: calls.append(1) or torch.ones(4) + 1, repeat=2, num_warmup=1)
+    assert len(calls) == 1 + 2 + 2
+    assert found.ops.set_index("op").num_calls["aten::add"] == 1
+    assert torch.equal(found.value, torch.full((4,), 2.0))
+
+
+def test_a_callable_without_modules_says_why_it_has_no_graph():
+    found = profile(lambda: torch.ones(64, 64) @ torch.ones(64, 64))
+    assert found.bottleneck.node is None
+    assert "no torch.nn.Module was called" in found.record.graph_note
+
+
+def test_a_callable_that_runs_no_op_has_no_bottleneck():
+    found = profile(lambda: 7)
+    assert (found.value, found.bottleneck, len(found.ops)) == (7, None, 0)
+    assert "no op ran" in repr(found)
+
+
+def test_two_root_modules_have_prefixed_node_names():
+    first, second = nn.Linear(8, 8), nn.Linear(8, 4)
+    found = profile(lambda: second(first(torch.ones(2, 8))))
+    assert set(found.nodes.node) == {"Linear:linear", "Linear_2:linear"}
+    assert found.graph is not None
+
+
+def test_a_root_that_is_called_with_keywords_is_traced():
+    layer = nn.Linear(8, 8)
+    assert profile(lambda: layer(input=torch.ones(2, 8))).record.num_graph_nodes == 1
+
+
+def test_a_model_that_cannot_be_traced_still_has_module_rows():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x) if x.sum().item() > 0 else x
+
+    found = profile(Workload("branching", Branching().eval(), (torch.ones(2, 4),)), repeat=1)
+    assert "cannot be traced" in found.record.graph_note
+    assert found.ops.set_index("op").module_path["aten::linear"] == "layer"
+    assert found.record.attributed_share == 0.0
+
+
+def test_the_bodys_exception_passes_unchanged_and_what_ran_is_kept(decoder):
+    error = ValueError("from the body")
+    with pytest.raises(ValueError) as caught, capture_block() as block:
+        decoder(IDS)
+        raise error
+    assert caught.value is error
+    assert not getattr(error, "__notes__", None)
+    assert block.telemetry.bottleneck is not None
+    assert "ValueError" in block.telemetry.record.notes[0]
+    assert not is_profiler_active()
+    assert hooks() == [0, 0, 0, 0]
+
+
+def test_an_exception_inside_forward_does_not_shift_later_calls(decoder):
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("inside")
+
+    broken = nn.Sequential(nn.Linear(4, 4), Failing())
+
+    def cell():
+        with pytest.raises(RuntimeError, match="inside"):
+            broken(torch.ones(1, 4))
+        return decoder(IDS)
+
+    found = profile(cell)
+    rows = found.ops[found.ops.op == "aten::embedding"]
+    assert rows.module_path.tolist() == ["embedding"]
+    assert rows.method.tolist() == ["fx_node"]
+
+
+def test_an_interrupt_stops_the_profiler_and_passes():
+    with pytest.raises(KeyboardInterrupt), capture_block() as block:
+        raise KeyboardInterrupt
+    assert block.telemetry is None
+    assert not is_profiler_active()
+    assert hooks() == [0, 0, 0, 0]
+
+
+def test_no_hook_is_left_behind(decoder):
+    before = hooks()
+    profile(lambda: decoder(IDS))
+    assert hooks() == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules())
+
+
+def test_below_another_profiler_a_workload_is_refused_before_it_runs(decoder):
+    calls = []
+    workload = Workload("counted", lambda: calls.append(1))
+    with torch.profiler.profile(), pytest.raises(CaptureError, match="already running"):
+        profile(workload)
+    assert calls == []
+
+
+def test_below_another_profiler_a_cell_runs_once_unprofiled():
+    calls = []
+    with torch.profiler.profile():
+        found = profile(lambda: calls.append(1) or "value")
+    assert (calls, found.value) == ([1], "value")
+    assert "unprofiled" in found.record.notes[0]
+    assert found.bottleneck is None
+    assert tuple(found.events) == frames.EVENT_COLUMNS
+
+
+def test_a_block_within_a_block_leaves_the_outer_one_working(decoder):
+    with capture_block() as outer, capture_block() as inner:
+        decoder(IDS)
+    assert "unprofiled" in inner.telemetry.record.notes[0]
+    assert outer.telemetry.record.attributed_share > 0.5
+
+
+def test_a_model_that_does_not_take_its_inputs_raises_its_own_error(decoder):
+    with pytest.raises(TypeError):
+        profile(Workload("wrong", decoder, (IDS, IDS, IDS)))
+    assert not is_profiler_active()
+
+
+@pytest.mark.parametrize("target", [nn.Linear(2, 2), "text", None])
+def test_what_cannot_be_profiled_is_refused(target):
+    with pytest.raises(UsageError):
+        profile(target)
+
+
+def test_the_model_is_not_kept_alive():
+    model = SmallDecoder().eval()
+    watch = weakref.ref(model)
+    found = profile(Workload("short", model, (IDS,)), repeat=1, should_time=False)
+    del model
+    gc.collect()
+    assert watch() is None
+    assert found.record.wall_ms is None
+    assert len(found.nodes) > 0
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_neither_recompiled_nor_warned_about(decoder):
+    counters = pytest.importorskip("torch._dynamo.utils").counters
+    compiled = torch.compile(decoder, backend="eager")
+    with torch.no_grad():
+        compiled(IDS)
+    before = counters["frames"]["ok"]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        profile(lambda: compiled(IDS))
+        compiled(IDS)
+    assert counters["frames"]["ok"] == before
+
+
+def test_a_training_cells_backward_goes_to_the_modules_of_its_forward():
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    found = profile(lambda: net(torch.ones(32, 64)).sum().backward())
+    backward = found.ops[found.ops.op == "AddmmBackward0"]
+    assert set(backward.module_path) == {"0", "2"}
+    assert set(backward.method) == {"module"}

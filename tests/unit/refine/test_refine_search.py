@@ -1,0 +1,169 @@
+import itertools
+
+import pytest
+
+from agnitra_lab.contracts.search import KernelConfig, SearchSpace, Trial
+from agnitra_lab.errors import SearchError, TemplateError, UsageError
+from agnitra_lab.refine.search import NUM_FINALIST_ROUNDS, NUM_FINALISTS, search
+
+POINTS = [{"BLOCK_N": block, "num_warps": warps} for block, warps in itertools.product((1, 2, 4, 8), (1, 2, 4))]
+SPACE = SearchSpace(
+    template="any",
+    shape=(8, 8),
+    dtype="float32",
+    params={"BLOCK_N": (1, 2, 4, 8), "num_warps": (1, 2, 4)},
+    configs=tuple(KernelConfig(template="any", params=point) for point in POINTS),
+)
+
+
+def bowl(config: KernelConfig) -> float:
+    return 1.0 + abs(config.params["BLOCK_N"] - 4) + abs(config.params["num_warps"] - 2)
+
+
+@pytest.mark.parametrize("sampler", ["rl", "random"])
+def test_a_search_of_the_whole_space_finds_the_optimum(sampler: str) -> None:
+    result = search(SPACE, bowl, sampler=sampler, max_trials=100, measured_on="a device")
+    assert result.best is not None
+    assert result.best.config.params == {"BLOCK_N": 4, "num_warps": 2}
+    assert result.stopped_because == "exhausted"
+    assert len(result.trials) == result.num_configs == len(POINTS)
+    assert result.measured_on == "a device"
+    assert [trial.index for trial in result.trials] == list(range(len(POINTS)))
+
+
+def test_a_search_stops_at_its_number_of_trials() -> None:
+    result = search(SPACE, bowl, max_trials=5)
+    assert (len(result.trials), result.stopped_because) == (5, "budget")
+
+
+def test_a_search_out_of_time_keeps_its_first_trial() -> None:
+    result = search(SPACE, bowl, budget_s=1e-9)
+    assert (len(result.trials), result.stopped_because) == (1, "time")
+    assert result.best is not None
+
+
+def test_a_cancelled_search_keeps_what_it_has_and_measures_nothing_more() -> None:
+    seen: list[Trial] = []
+    calls: list[str] = []
+
+    def measure(config: KernelConfig) -> float:
+        calls.append(config.key())
+        return bowl(config)
+
+    result = search(SPACE, measure, on_trial=seen.append, should_stop=lambda: len(seen) >= 3)
+    assert result.stopped_because == "cancelled"
+    assert len(calls) == len(result.trials) == 3
+    assert result.best == min(result.trials, key=lambda trial: trial.latency_ms or 0)
+
+
+def test_a_search_cancelled_before_it_began_has_no_best() -> None:
+    result = search(SPACE, bowl, should_stop=lambda: True)
+    assert (result.trials, result.best, result.stopped_because) == ((), None, "cancelled")
+
+
+def test_every_trial_is_announced_as_it_ends() -> None:
+    seen: list[Trial] = []
+    assert search(SPACE, bowl, max_trials=6, on_trial=seen.append).trials == tuple(seen)
+
+
+@pytest.mark.parametrize("error", [TemplateError("too wide"), RuntimeError("out of shared memory"), ValueError("odd")])
+def test_a_config_that_raises_is_a_failed_trial_that_says_why(error: Exception) -> None:
+    def measure(config: KernelConfig) -> float:
+        if config.params["BLOCK_N"] == 8:
+            raise error
+        return bowl(config)
+
+    result = search(SPACE, measure, max_trials=100)
+    failed = [trial for trial in result.trials if trial.status == "failed"]
+    assert len(failed) == 3
+    assert all(trial.latency_ms is None and str(error) in (trial.detail or "") for trial in failed)
+    assert result.best is not None and result.best.config.params["BLOCK_N"] == 4
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_that_is_no_latency_is_a_failed_trial(value: float) -> None:
+    result = search(SPACE, lambda config: value if config == SPACE.configs[0] else bowl(config), max_trials=100)
+    assert [trial.config for trial in result.trials if trial.status == "failed"] == [SPACE.configs[0]]
+
+
+def test_an_interrupt_passes_through() -> None:
+    def measure(config: KernelConfig) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(SPACE, measure)
+
+
+def test_a_search_where_everything_fails_says_what_the_first_failure_was() -> None:
+    def measure(config: KernelConfig) -> float:
+        raise RuntimeError("no ptxas")
+
+    with pytest.raises(SearchError, match=r"All 7 trials failed.*no ptxas"):
+        search(SPACE, measure, max_trials=7)
+
+
+def test_an_empty_space_is_refused() -> None:
+    with pytest.raises(SearchError, match="no valid config"):
+        search(SPACE.model_copy(update={"configs": ()}), bowl)
+
+
+def test_an_unknown_sampler_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="'ppo'; known are random, rl"):
+        search(SPACE, bowl, sampler="ppo")
+
+
+@pytest.mark.parametrize("limits", [{"max_trials": 0}, {"budget_s": 0.0}])
+def test_limits_that_allow_no_trial_are_refused(limits: dict) -> None:
+    with pytest.raises(UsageError, match="max_trials >= 1"):
+        search(SPACE, bowl, **limits)
+
+
+def test_a_lucky_first_measurement_does_not_win_the_finals() -> None:
+    lucky, true_best = SPACE.configs[0], SPACE.configs[5]
+    counts: dict[str, int] = {}
+
+    def measure(config: KernelConfig) -> float:
+        counts[config.key()] = counts.get(config.key(), 0) + 1
+        if config == lucky:
+            return 0.5 if counts[config.key()] == 1 else 3.0
+        return 1.0 if config == true_best else 2.0
+
+    result = search(SPACE, measure, max_trials=100)
+    assert result.best is not None and result.best.config == true_best
+    assert result.best.latency_ms == 1.0
+    assert min(trial.latency_ms or 9.0 for trial in result.trials) == 0.5
+    again = [count for count in counts.values() if count > 1]
+    assert again == [1 + NUM_FINALIST_ROUNDS] * NUM_FINALISTS
+
+
+def test_the_finalists_are_measured_in_turn() -> None:
+    calls: list[str] = []
+
+    def measure(config: KernelConfig) -> float:
+        calls.append(config.key())
+        return bowl(config)
+
+    num_trials = len(search(SPACE, measure, max_trials=6).trials)
+    finals = calls[num_trials:]
+    rounds = [finals[i : i + NUM_FINALISTS] for i in range(0, len(finals), NUM_FINALISTS)]
+    assert all(sorted(each) == sorted(rounds[0]) for each in rounds)
+    assert rounds[1] == rounds[0][::-1]
+
+
+def test_a_finalist_that_fails_the_second_time_is_out() -> None:
+    counts: dict[str, int] = {}
+    best = KernelConfig(template="any", params={"BLOCK_N": 4, "num_warps": 2})
+
+    def measure(config: KernelConfig) -> float:
+        counts[config.key()] = counts.get(config.key(), 0) + 1
+        if config == best and counts[config.key()] > 1:
+            raise RuntimeError("flaky")
+        return bowl(config)
+
+    result = search(SPACE, measure, max_trials=100)
+    assert result.best is not None and result.best.config != best
+
+
+def test_the_same_seed_repeats_the_search() -> None:
+    runs = [[trial.config.key() for trial in search(SPACE, bowl, seed=4, max_trials=9).trials] for _ in range(2)]
+    assert runs[0] == runs[1]

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from report_factory import make_report
+
+from agnitra_lab.report import figures, svg
+
+
+def numbers_in(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return {number for item in value for number in numbers_in(item)}
+    return {float(value)} if isinstance(value, (int, float)) and not isinstance(value, bool) else set()
+
+
+def drawn_values(figure):
+    plain = figures.plain_figure(figure)
+    return {
+        value for trace in plain["data"] for axis in "xy" for value in trace[axis] if isinstance(value, (int, float))
+    }
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_drawn_value_is_in_the_json(any_report, name):
+    values = drawn_values(figures.FIGURES[name][0](any_report))
+    assert values
+    assert values <= numbers_in(json.loads(any_report.to_json()))
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_figure_has_a_static_twin(any_report, name):
+    picture = figures.FIGURES[name][1](any_report)
+    assert ElementTree.fromstring(picture).find("{http://www.w3.org/2000/svg}title").text
+
+
+def test_the_two_sides_differ_by_more_than_colour():
+    figure = figures.latency_figure(make_report())
+    bars = {figure.layout.yaxis.ticktext[int(t.y[0][-1])]: t for t in figure.data if t.type == "bar"}
+    assert bars["eager"].marker.pattern.shape == "/"
+    assert sum(bar.marker.pattern.shape is not None for bar in bars.values()) == 1
+
+
+def test_ops_of_one_name_keep_bars_of_their_own():
+    report = make_report()
+    telemetry = report.telemetry.model_copy(update={"events": report.telemetry.events[:1] * 3})
+    figure = figures.ops_figure(report.model_copy(update={"telemetry": telemetry}))
+    assert len({bar.y[0] for bar in figure.data}) == 3
+    assert len(set(figure.layout.yaxis.ticktext)) == 1
+
+
+def test_the_best_so_far_never_gets_worse():
+    line = figures.search_figure(make_report()).data[0]
+    assert list(line.y) == sorted(line.y, reverse=True)
+    assert len(line.x) == len(line.y) == 9
+
+
+def test_a_bundle_has_a_live_a_static_and_a_text_form(any_report):
+    bundles = figures.report_bundles(any_report)
+    assert set(bundles) == {"latency", "candidates", "ops", "search"}
+    for bundle in bundles.values():
+        assert set(bundle) == {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"}
+        assert json.loads(json.dumps(bundle)) == bundle
+        assert bundle["application/vnd.plotly.v1+json"]["config"]["displayModeBar"] is False
+
+
+def test_a_run_without_searches_has_no_search_figure():
+    assert "search" not in figures.report_bundles(make_report(searches=()))
+
+
+def test_names_are_shown_as_text_in_plotly_labels():
+    figure = figures.latency_figure(
+        make_report().model_copy(
+            update={"comparison": make_report().comparison.model_copy(update={"candidate": "<a href='x'>y</a>"})}
+        )
+    )
+    assert "<a" not in json.dumps(figures.plain_figure(figure))
+
+
+def test_the_users_own_figures_keep_their_look_and_no_renderer_is_loaded():
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "from report_factory import make_report; from agnitra_lab.report import figures;"
+        "assert 'plotly' not in sys.modules and 'pandas' not in sys.modules;"
+        "figures.report_bundles(make_report());"
+        "assert 'plotly.io._renderers' not in sys.modules and 'nbformat' not in sys.modules;"
+        "from plotly.io import templates;"
+        "assert templates.default == 'plotly' and 'agnitra' not in list(templates)"
+    )
+    folder = __file__.rpartition("/")[0]
+    subprocess.run([sys.executable, "-c", script, folder], check=True, timeout=120)
+
+
+def test_importing_the_report_loads_neither_plotly_nor_torch():
+    script = (
+        "import sys, agnitra_lab.report.card, agnitra_lab.report.page, agnitra_lab.report.markdown;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'plotly', 'pandas', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+def test_bars_are_in_proportion_to_their_values():
+    picture = ElementTree.fromstring(
+        svg.bar_chart("t", [svg.Bar("a", 4.0, "4", "#FFFFFF"), svg.Bar("b", 1.0, "1", "#FFFFFF")])
+    )
+    widths = [float(rect.get("width")) for rect in picture.iter() if rect.get("fill") == "#FFFFFF"]
+    assert widths[0] == pytest.approx(4 * widths[1])
+
+
+def test_a_chart_of_nothing_is_still_a_picture():
+    assert ElementTree.fromstring(svg.bar_chart("empty", [])).tag.endswith("svg")
+
+
+def test_hostile_labels_cannot_leave_their_text_element():
+    picture = svg.bar_chart("<script>", [svg.Bar("</text><script>x</script>", 1.0, "1", "#FFFFFF")])
+    assert not any(item.tag.endswith("script") for item in ElementTree.fromstring(picture).iter())
