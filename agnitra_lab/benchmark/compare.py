@@ -9,7 +9,7 @@ from agnitra_lab.benchmark import stats
 from agnitra_lab.benchmark.equivalence import PrecisionTrack, Verified, verify
 from agnitra_lab.benchmark.inputs import redraw, shifted_copy
 from agnitra_lab.benchmark.outputs import fingerprints_match
-from agnitra_lab.benchmark.state import module_of
+from agnitra_lab.benchmark.state import ModuleState, module_of
 from agnitra_lab.benchmark.timing import PairTimings, Side, time_pair
 from agnitra_lab.contracts.device import DevicePeaks
 from agnitra_lab.contracts.measurement import Comparison, Equivalence, Latency
@@ -60,14 +60,72 @@ def compare(
     timings = _time(workload, candidate, reference, verified, seeds, budget_s, candidate_name)
     problems = _timed_problems(verified, timings, seeds) + _floor_problems(workload, timings, floor_ms)
     equivalence = _with_problems(verified.equivalence, problems)
+    return _comparison(
+        workload,
+        (candidate_name, baseline_name),
+        timings,
+        equivalence,
+        seeds,
+        precision_track=precision_track,
+        floor_ms=floor_ms,
+        floor_reason=_floor_text(peaks) if floor_ms is not None else None,
+    )
+
+
+def head_to_head(
+    workload: Workload,
+    candidate: Callable[..., Any],
+    baseline: Callable[..., Any],
+    *,
+    candidate_name: str,
+    baseline_name: str,
+    equivalence: Equivalence,
+    budget_s: float = 6.0,
+    seeds: tuple[int, ...] = (0, 1, 2),
+) -> Comparison:
+    """Time two candidates against each other that were both verified against eager.
+
+    Args:
+        workload: model, inputs and what one call stands for.
+        candidate, baseline: take the workload's inputs.
+        candidate_name, baseline_name: for the record.
+        equivalence: the candidate's, against eager: two roundings of one function differ by more than either from the
+            truth, so holding them against each other would prove nothing.
+        budget_s: time for the timing loop.
+        seeds: of the input sets.
+    """
+    state = ModuleState(module_of(workload.model))
+    input_sets = [redraw(workload, seed) for seed in seeds]
+    timings = time_pair(
+        baseline,
+        candidate,
+        lambda index: shifted_copy(input_sets[index]),
+        device=device_of(module_of(workload.model), workload.args, workload.kwargs),
+        budget_s=budget_s,
+        num_input_sets=len(input_sets),
+        reset=lambda side: state.restore(),
+    )
+    state.restore()
+    names = (candidate_name, baseline_name)
+    return _comparison(workload, names, timings, equivalence, seeds)
+
+
+def _comparison(
+    workload: Workload,
+    names: tuple[str, str],
+    timings: PairTimings,
+    equivalence: Equivalence,
+    seeds: tuple[int, ...],
+    **facts: Any,
+) -> Comparison:
     speedup = stats.paired_ratio(timings.baseline_ms, timings.candidate_ms)
     noise = stats.chained_ratio(timings.baseline_ms)
     baseline_latency = stats.latency(timings.baseline_ms, timings.baseline_device_ms)
     candidate_latency = stats.latency(timings.candidate_ms, timings.candidate_device_ms)
     return Comparison(
         workload=workload.name,
-        baseline=baseline_name,
-        candidate=candidate_name,
+        candidate=names[0],
+        baseline=names[1],
         baseline_latency=baseline_latency,
         candidate_latency=candidate_latency,
         speedup=speedup,
@@ -77,10 +135,8 @@ def compare(
         item_unit=workload.item_unit,
         equivalence=equivalence,
         verdict=stats.verdict(speedup, noise, equivalence),
-        precision_track=precision_track,
-        floor_ms=floor_ms,
-        floor_reason=_floor_text(peaks) if floor_ms is not None else None,
         seeds=tuple(seeds),
+        **facts,
     )
 
 

@@ -347,9 +347,11 @@ class Optimization:
         return self._head_to_head(self.winner.name, rival.name)
 
     def _head_to_head(self, candidate: str, baseline: str) -> Comparison:
-        return comparing.compare(
-            self.workload, self.patches[candidate].model, candidate_name=candidate,
-            baseline=self.patches[baseline].model, baseline_name=baseline, budget_s=self.settings.timing_s,
+        verified = next(result.comparison for result in self.results if result.name == candidate)
+        assert verified is not None
+        return comparing.head_to_head(
+            self.workload, self.patches[candidate].model, self.patches[baseline].model, candidate_name=candidate,
+            baseline_name=baseline, equivalence=verified.equivalence, budget_s=self.settings.timing_s,
         )  # fmt: skip
 
     def _floor_ms(self) -> float | None:
