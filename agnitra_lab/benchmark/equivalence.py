@@ -31,7 +31,7 @@ _PROBE_SEED = 104_729
 # A ratio of errors over few effective elements scatters; a near miss is judged again on more seeds.
 _NEAR_MISS_RATIO, _NUM_EXTRA_SEEDS = 2.0, 5
 # Rounding of the oracle itself, relative to the output's size.
-_ORACLE_SLACK = 1e-7
+_ORACLE_SLACK = 1e-8
 # A double-precision copy this far from eager computes something else.
 _ORACLE_NONSENSE = 0.5
 _MIN_LOGITS = 16

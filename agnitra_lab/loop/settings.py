@@ -18,7 +18,7 @@ class Settings:
         suggest: "auto" asks a language model where one is configured, "llm" insists, "preset" never asks.
         sampler: "rl" (contextual bandit), "random", or None for the preset kernel configs.
         max_trials: measurements a kernel search may make.
-        budget_s: seconds for compiling candidates; what does not fit is listed as skipped.
+        budget_s: seconds for compiling: a candidate is begun while they last, the others are listed as skipped.
         timing_s: seconds of interleaved timing a candidate.
         seed: of every random choice.
         tokens_processed: volume that the usage event accounts for, in the workload's items.

@@ -8,6 +8,7 @@ from agnitra_lab.contracts.base import Contract
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Equivalence, Verdict
 from agnitra_lab.contracts.report import Report
 from agnitra_lab.report import numbers
+from agnitra_lab.report.assemble import USUAL_SHARE
 from agnitra_lab.report.metrics import is_faster, price_per_hour
 
 MAX_OPS = 6
@@ -24,7 +25,6 @@ _HEAD_TO_HEAD_WORDS = {
     "slower": "slower",
     "not_equivalent": "outputs differ",
 }
-_USUAL_SHARE = 0.999
 _ORACLE_DECIDED = "fp64 decided"
 
 Facts = tuple[tuple[str, str], ...]
@@ -93,7 +93,7 @@ def equivalence_sentence(comparison: Comparison) -> str:
 
 def is_judged_by_oracle(check: Equivalence) -> bool:
     """Whether the shares are against fp64, and the required one follows from the baseline's own."""
-    return check.required_share < _USUAL_SHARE and _ORACLE_DECIDED in (check.oracle_note or "")
+    return check.required_share < USUAL_SHARE and _ORACLE_DECIDED in (check.oracle_note or "")
 
 
 def ranked(report: Report) -> tuple[CandidateResult, ...]:

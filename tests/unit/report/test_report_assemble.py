@@ -33,6 +33,13 @@ def test_without_a_gain_the_headline_says_no_change_and_why(outcome, factor, rea
     assert reason in text
 
 
+def test_a_low_precision_gain_is_not_called_equivalent_where_the_oracle_set_the_bar():
+    comparison = make_comparison(40.0, 1.6, "faster", is_cuda=False, name="fused")
+    judged = comparison.equivalence.model_copy(update={"match_share": 0.95, "required_share": 0.94})
+    text = headline(comparison.model_copy(update={"equivalence": judged}), "fused")
+    assert text.endswith("outputs as close to fp64 as eager's.")
+
+
 def test_a_candidate_that_was_faster_once_and_not_kept_is_not_called_noise():
     text = headline_of("faster", 1.6, "eager")
     assert text.startswith("No change: fused was faster than eager in one measurement (1.56x to 1.64x)")
