@@ -46,7 +46,7 @@ def compare(
         baseline_name: for the record.
         budget_s: time for the timing loop; the equivalence check comes on top.
         seeds: of the fresh inputs; the same sets are checked and timed.
-        peaks, floor_ms: measured ceilings, and the least time that they allow for this work.
+        peaks, floor_ms: measured ceilings, and the least time that the matrix peak allows for this work's FLOPs.
         precision_track: "exact", or "relaxed" when low precision was asked for by name.
 
     Returns:
@@ -209,11 +209,6 @@ def _with_problems(equivalence: Equivalence, problems: list[str]) -> Equivalence
 
 
 def _floor_text(peaks: DevicePeaks | None) -> str:
-    if peaks is None:
-        return "bytes over bandwidth and FLOPs over peak, whichever is longer"
-    figures = []
-    if peaks.copy_bandwidth_gb_per_s is not None:
-        figures.append(f"{peaks.copy_bandwidth_gb_per_s:.0f} GB/s copied")
-    if peaks.gemm_tflop_per_s is not None:
-        figures.append(f"{peaks.gemm_tflop_per_s:.3g} TFLOP/s in {peaks.gemm_dtype}")
-    return "bytes and FLOPs over the measured peaks: " + ", ".join(figures)
+    if peaks is None or peaks.gemm_tflop_per_s is None:
+        return "FLOPs over the peak of the matrix product"
+    return f"FLOPs over the measured peak of {peaks.gemm_tflop_per_s:.3g} TFLOP/s in {peaks.gemm_dtype}"

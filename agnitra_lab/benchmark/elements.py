@@ -105,6 +105,7 @@ class _Sums:
         self.has_oracle = False
 
     def add(self, out: torch.Tensor, ref: torch.Tensor, oracle: torch.Tensor | None, *, rtol: float) -> None:
+        """Count one piece of the tensors, all in float64."""
         is_finite = torch.isfinite(ref) & torch.isfinite(out)
         is_same_special = ~is_finite & ((out == ref) | (out.isnan() & ref.isnan()))
         self.num_elements += ref.numel()
@@ -139,6 +140,7 @@ class _Sums:
         return is_near
 
     def judge(self, required_share: float) -> LeafMatch:
+        """Apply the rule of `match` to what was counted."""
         share, required = self.num_matching / self.num_elements, required_share
         error = baseline_error = None
         is_judged_by_oracle = False

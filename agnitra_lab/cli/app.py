@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from agnitra_lab.errors import AgnitraError
+from agnitra_lab.errors import AgnitraError, MissingError
 from agnitra_lab.redact import redact_text
 
 CANCELLED = 130
@@ -59,6 +59,10 @@ def _run() -> int:
     except (KeyboardInterrupt, typer.Abort):
         _complain(_CANCELLED_TEXT)
         return CANCELLED
+    except ModuleNotFoundError as error:
+        name = (error.name or "a package").partition(".")[0]
+        _complain(f"{name} is needed for this command, and is not installed. Install it: pip install {name}")
+        return MissingError.exit_code
     except BrokenPipeError:
         # `agnitra runs | head`: the reader went away, which is no failure; nothing more may be flushed to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

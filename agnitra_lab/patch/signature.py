@@ -101,6 +101,7 @@ class _Leaf:
         return type(value) is self.type
 
     def difference(self, value: Any) -> str:
+        """Name the first thing in which a value that does not match differs."""
         if type(value) is not self.type:
             return "type"
         if self.items:

@@ -99,6 +99,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BSE: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_S: Tensor | None, mask_SC: Tensor | None
     ) -> Tensor:
+        """Attend to the given positions, or causally to the prompt itself without a cache."""
         q_BHSD = rotate(self._heads(self.q_proj(x_BSE), self.num_heads), cos_SD, sin_SD)
         k_BGSD = rotate(self._heads(self.k_proj(x_BSE), self.num_kv_heads), cos_SD, sin_SD)
         v_BGSD = self._heads(self.v_proj(x_BSE), self.num_kv_heads)

@@ -45,7 +45,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def apply(action: str, model: Any, *args: Any, expected: int | None = 1, rtol: float = 1e-5) -> Any:
+def check_applied(action: str, model: Any, *args: Any, expected: int | None = 1, rtol: float = 1e-5) -> Any:
     """Install one rewrite, compare with eager (values, shapes, dtypes, strides), and return the log."""
     workload = Workload("case", model, args)
     twin, twin_args = copy.deepcopy((model, args))
@@ -70,8 +70,8 @@ def as_tuple(value: Any) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def refused(action: str, model: Any, *args: Any, because: str) -> None:
-    log = apply(action, model, *args, expected=0)
+def check_refused(action: str, model: Any, *args: Any, because: str) -> None:
+    log = check_applied(action, model, *args, expected=0)
     assert any(because in refusal.reason for refusal in log.refusals), log.refusals
 
 
@@ -135,20 +135,20 @@ IMAGE = x_of(2, 3, 9, 7)
 )
 @pytest.mark.parametrize("shape", [(2, 5, WIDTH), (1, WIDTH), (WIDTH,)])
 def test_linears_with_one_input_become_one(function, shape):
-    log = apply("qkv_concat", Net(function), x_of(*shape))
+    log = check_applied("qkv_concat", Net(function), x_of(*shape))
     assert log.descriptors[0].replacement.startswith("linear(concat of")
 
 
 def test_a_view_that_merges_rows_with_columns_still_fits_a_merged_result():
-    apply("qkv_concat", Net(lambda m, x: (m.a(x).view(-1).relu(), m.c(x).view(2, 5, 3, 1).relu())), X)
+    check_applied("qkv_concat", Net(lambda m, x: (m.a(x).view(-1).relu(), m.c(x).view(2, 5, 3, 1).relu())), X)
 
 
 def test_results_that_leave_the_graph_keep_their_strides():
-    apply("qkv_concat", Net(lambda m, x: (m.a(x), m.c(x).transpose(0, 1), m.b(x)[..., :2])), X)
+    check_applied("qkv_concat", Net(lambda m, x: (m.a(x), m.c(x).transpose(0, 1), m.b(x)[..., :2])), X)
 
 
 def test_two_inputs_make_two_groups():
-    apply("qkv_concat", Net(lambda m, x, y: (m.a(x) + m.b(x)) * (m.a(y) - m.b(y))), X, X + 1, expected=2)
+    check_applied("qkv_concat", Net(lambda m, x, y: (m.a(x) + m.b(x)) * (m.a(y) - m.b(y))), X, X + 1, expected=2)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_two_inputs_make_two_groups():
     ids=["other input", "gate and up", "one bias", "computed weight", "input written", "view of it written", "weight"],
 )
 def test_linears_that_cannot_be_merged_are_refused(because, function):
-    refused("qkv_concat", Net(function), X.clone(), because=because)
+    check_refused("qkv_concat", Net(function), X.clone(), because=because)
 
 
 # --- gate_up_concat --------------------------------------------------------------------------------------------------
@@ -184,12 +184,12 @@ def test_linears_that_cannot_be_merged_are_refused(because, function):
     ids=["silu", "up first", "gelu", "sigmoid", "torch.mul", "with a third linear"],
 )
 def test_gate_and_up_become_one(function):
-    (descriptor,) = apply("gate_up_concat", Net(function), X).descriptors
+    (descriptor,) = check_applied("gate_up_concat", Net(function), X).descriptors
     assert descriptor.config["out_features"] == [7, 7]
 
 
 def test_linears_that_do_not_meet_in_a_gate_are_refused():
-    refused("gate_up_concat", Net(lambda m, x: m.a(x) * m.b(x)), X, because="act(gate) * up")
+    check_refused("gate_up_concat", Net(lambda m, x: m.a(x) * m.b(x)), X, because="act(gate) * up")
 
 
 # --- swiglu ----------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_linears_that_do_not_meet_in_a_gate_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gated_product_becomes_a_kernel(function, dtype):
     rtol = 1e-5 if dtype is torch.float32 else 1.6e-2
-    apply("swiglu", Net(function), x_of(2, 3, 7, dtype=dtype), x_of(2, 3, 7, dtype=dtype, seed=2), rtol=rtol)
+    check_applied("swiglu", Net(function), x_of(2, 3, 7, dtype=dtype), x_of(2, 3, 7, dtype=dtype, seed=2), rtol=rtol)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_gated_product_becomes_a_kernel(function, dtype):
     ids=["shape", "dtype", "shared activation", "up written", "in place", "relu"],
 )
 def test_other_products_are_refused(because, function):
-    refused("swiglu", Net(function), x_of(2, 3, 7), x_of(2, 3, 7, seed=2), because=because)
+    check_refused("swiglu", Net(function), x_of(2, 3, 7), x_of(2, 3, 7, seed=2), because=because)
 
 
 # --- rms_norm --------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_an_rms_norm_becomes_a_kernel(name, dtype, scale):
     function, is_cast_first = SPELLINGS[name]
     rtol = 1e-5 if dtype is torch.float32 else 1.6e-2
     model = Net(function, dtype)
-    (descriptor,) = apply("rms_norm", model, (x_of(2, 5, WIDTH) * scale).to(dtype), rtol=rtol).descriptors
+    (descriptor,) = check_applied("rms_norm", model, (x_of(2, 5, WIDTH) * scale).to(dtype), rtol=rtol).descriptors
     assert descriptor.config["is_residual_fused"] is False
     if dtype is torch.bfloat16:
         assert descriptor.config["cast_before_weight"] is is_cast_first
@@ -283,7 +283,7 @@ def test_the_residual_add_is_fused_and_its_other_users_read_the_sum(name):
         out = function(m, h)
         return out, h * 2
 
-    (descriptor,) = apply("rms_norm", Net(residual), X, X * 0.5).descriptors
+    (descriptor,) = check_applied("rms_norm", Net(residual), X, X * 0.5).descriptors
     assert descriptor.config["is_residual_fused"] is True
     assert "add" in descriptor.replaced
 
@@ -294,7 +294,7 @@ def test_a_tower_of_residual_norms_is_fused_throughout():
             x = x + m.square(functional.rms_norm(x, (WIDTH,), m.weight, 1e-6))
         return functional.rms_norm(x, (WIDTH,), m.weight, 1e-6)
 
-    log = apply("rms_norm", Net(tower), X, expected=4)
+    log = check_applied("rms_norm", Net(tower), X, expected=4)
     fused = [descriptor.config["is_residual_fused"] for descriptor in log.descriptors]
     assert fused == [False, True, True, True]
 
@@ -304,7 +304,7 @@ def test_two_norms_of_one_sum_both_read_it():
         h = x + r
         return m.rms(h) + functional.rms_norm(h, (WIDTH,), m.weight, 1e-6)
 
-    apply("rms_norm", Net(both), X, X * 0.5, expected=2)
+    check_applied("rms_norm", Net(both), X, X * 0.5, expected=2)
 
 
 def test_a_sum_written_later_is_not_fused_early():
@@ -313,12 +313,12 @@ def test_a_sum_written_later_is_not_fused_early():
         h.mul_(2)
         return m.rms(h)
 
-    (descriptor,) = apply("rms_norm", Net(written), X, X * 0.5).descriptors
+    (descriptor,) = check_applied("rms_norm", Net(written), X, X * 0.5).descriptors
     assert descriptor.config["is_residual_fused"] is False
 
 
 def test_a_broadcast_sum_is_not_fused():
-    (descriptor,) = apply("rms_norm", Net(lambda m, x, r: m.rms(x + r)), X, X[:1]).descriptors
+    (descriptor,) = check_applied("rms_norm", Net(lambda m, x, r: m.rms(x + r)), X, X[:1]).descriptors
     assert descriptor.config["is_residual_fused"] is False
 
 
@@ -336,7 +336,7 @@ def test_a_broadcast_sum_is_not_fused():
     ids=["no weight", "cube", "other numerator", "other dim", "two dims", "dtype", "strided"],
 )
 def test_what_is_no_rms_norm_is_refused(because, function):
-    refused("rms_norm", Net(function), X, because=because)
+    check_refused("rms_norm", Net(function), X, because=because)
 
 
 def test_without_a_kernel_the_templates_are_refused():
@@ -362,12 +362,12 @@ def test_without_a_kernel_the_templates_are_refused():
     ids=["modules", "no bias, no affine, stride", "function, no weight", "dilation"],
 )
 def test_a_batch_norm_after_a_convolution_is_folded(function):
-    apply("conv_bn_fold", Net(function), IMAGE)
+    check_applied("conv_bn_fold", Net(function), IMAGE)
 
 
 def test_a_chain_of_convolutions_is_folded_and_keeps_channels_last():
     model = Net(lambda m, x: m.bare_norm(m.grouped_conv(m.norm(m.conv(x)).relu())))
-    apply(
+    check_applied(
         "conv_bn_fold",
         model.to(memory_format=torch.channels_last),
         IMAGE.to(memory_format=torch.channels_last),
@@ -376,7 +376,7 @@ def test_a_chain_of_convolutions_is_folded_and_keeps_channels_last():
 
 
 def test_a_batch_norm_that_is_used_twice_is_folded_twice():
-    apply("conv_bn_fold", Net(lambda m, x: (m.norm(m.conv(x)), m.norm(m.plain_conv(x)))), IMAGE, expected=2)
+    check_applied("conv_bn_fold", Net(lambda m, x: (m.norm(m.conv(x)), m.norm(m.plain_conv(x)))), IMAGE, expected=2)
 
 
 @pytest.mark.parametrize(
@@ -392,13 +392,13 @@ def test_a_batch_norm_that_is_used_twice_is_folded_twice():
     ids=["relu between", "two users", "batch statistics", "computed weight", "written statistics", "none"],
 )
 def test_a_batch_norm_that_cannot_be_folded_is_refused(because, function):
-    refused("conv_bn_fold", Net(function), IMAGE, because=because)
+    check_refused("conv_bn_fold", Net(function), IMAGE, because=because)
 
 
 def test_a_batch_norm_in_training_mode_is_refused():
     model = Net(lambda m, x: m.norm(m.conv(x)))
     model.norm.train()
-    refused("conv_bn_fold", model, IMAGE, because="batch statistics")
+    check_refused("conv_bn_fold", model, IMAGE, because="batch statistics")
 
 
 # --- sdpa_backend ----------------------------------------------------------------------------------------------------
@@ -406,4 +406,4 @@ def test_a_batch_norm_in_training_mode_is_refused():
 
 def test_attention_on_a_cpu_is_refused():
     model = Net(lambda m, q: functional.scaled_dot_product_attention(q, q, q, is_causal=True))
-    refused("sdpa_backend", model, x_of(1, 2, 5, 8), because="CUDA")
+    check_refused("sdpa_backend", model, x_of(1, 2, 5, 8), because="CUDA")

@@ -243,6 +243,7 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
     most_rows = next_power_of_two(num_rows)
 
     def is_valid(point: dict[str, int]) -> bool:
+        """Leave out what cannot run or only repeats another config."""
         tile = point["BLOCK_N"] * point["ROWS_PER_PROGRAM"]
         values_per_thread = tile / (32 * point["num_warps"])
         is_one_block = num_cols <= point["BLOCK_N"]

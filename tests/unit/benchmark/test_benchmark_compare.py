@@ -70,7 +70,7 @@ def test_a_time_under_the_physical_floor_is_refused() -> None:
     assert found.verdict == "not_equivalent"
     assert "faster than the device allows" in found.equivalence.problems[-1]
     assert found.floor_reason is not None
-    assert "10 GB/s" in found.floor_reason
+    assert "1 TFLOP/s in float32" in found.floor_reason
 
 
 def test_a_candidate_that_raises_is_named_with_its_reason() -> None:

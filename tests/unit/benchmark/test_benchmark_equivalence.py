@@ -53,7 +53,7 @@ def _problems(candidate: Callable[..., Any], workload: Workload = WORKLOAD, **se
     return "; ".join(found.problems)
 
 
-def _passes(candidate: Callable[..., Any], workload: Workload = WORKLOAD, **settings: Any) -> Equivalence:
+def _check_passes(candidate: Callable[..., Any], workload: Workload = WORKLOAD, **settings: Any) -> Equivalence:
     found = check(workload, candidate, **settings)
     assert found.problems == ()
     assert found.is_equivalent
@@ -61,7 +61,7 @@ def _passes(candidate: Callable[..., Any], workload: Workload = WORKLOAD, **sett
 
 
 def test_the_model_itself_is_equivalent_with_an_error_ratio_of_one() -> None:
-    found = _passes(MODEL)
+    found = _check_passes(MODEL)
     assert (found.match_share, found.error_ratio, found.num_seeds) == (1.0, 1.0, 3)
     assert found.error_vs_fp64 is not None
     assert 0 < found.error_vs_fp64 < 1e-5
@@ -73,13 +73,13 @@ def test_other_rounding_in_the_same_precision_is_equivalent() -> None:
         weight = MODEL.down.weight
         return hidden[:, :32] @ weight[:, :32].T + (hidden[:, 32:] @ weight[:, 32:].T + MODEL.down.bias)
 
-    assert _passes(in_two_halves).max_abs_error > 0
+    assert _check_passes(in_two_halves).max_abs_error > 0
 
 
 def test_a_more_accurate_candidate_is_never_punished() -> None:
     low = Mlp(torch.bfloat16).eval()
     wide = copy.deepcopy(low).double()
-    found = _passes(lambda x: wide(x.double()).bfloat16(), Workload("mlp", low, (X.bfloat16(),)))
+    found = _check_passes(lambda x: wide(x.double()).bfloat16(), Workload("mlp", low, (X.bfloat16(),)))
     assert found.error_ratio is not None
     assert found.error_ratio < 1
 
@@ -182,7 +182,7 @@ def test_nan_in_the_same_places_passes() -> None:
     def masked(x: torch.Tensor) -> torch.Tensor:
         return MODEL(x).masked_fill(x[:, :1] > 0, float("nan"))
 
-    _passes(lambda x: masked(x).clone(), Workload("f", masked, (X,)))
+    _check_passes(lambda x: masked(x).clone(), Workload("f", masked, (X,)))
 
 
 class LazyTensor(torch.Tensor):
@@ -209,7 +209,7 @@ def test_an_input_that_the_baseline_mutates_must_be_mutated_alike() -> None:
         return x.add_(1).sum(1)
 
     workload = Workload("in place", adds_in_place, (X,))
-    _passes(adds_in_place, workload)
+    _check_passes(adds_in_place, workload)
     assert "is left different" in _problems(lambda x: (x + 1).sum(1), workload)
 
 
@@ -228,7 +228,7 @@ def test_views_of_one_buffer_that_share_no_element_pass() -> None:
         return out[:, :48][:, :24].clone(memory_format=torch.preserve_format), out[:, 24:48].clone()
 
     workload = Workload("halves", halves, (X,))
-    _passes(lambda x: tuple(part for part in MODEL(x).split(24, dim=1)), workload)
+    _check_passes(lambda x: tuple(part for part in MODEL(x).split(24, dim=1)), workload)
     assert "strides" in _problems(separate, workload)
 
 
@@ -236,7 +236,7 @@ def test_a_cache_must_be_written_as_the_baseline_writes_it() -> None:
     model = Decoder().eval()
     workload = Workload("decode", model, (torch.randn(16), torch.tensor(3)))
     twin = copy.deepcopy(model)
-    _passes(twin, workload)
+    _check_passes(twin, workload)
     cache = model.cache
 
     def forgetful(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -275,7 +275,7 @@ def test_integer_outputs_must_be_equal() -> None:
         return out
 
     workload = Workload("top", top, (X,))
-    _passes(lambda x: top(x).clone(), workload)
+    _check_passes(lambda x: top(x).clone(), workload)
     assert "1 of 256 integers differ" in _problems(off_by_one, workload)
 
 
@@ -312,13 +312,13 @@ def test_nested_outputs_are_compared_leaf_by_leaf_and_named_by_path() -> None:
         return Output(MODEL(x), [x * 2, x * 4])
 
     workload = Workload("nested", nested, (X,))
-    _passes(nested, workload)
+    _check_passes(nested, workload)
     assert "output.cache[1]:" in _problems(wrong, workload)
 
 
 def test_dropout_draws_the_same_mask_for_both() -> None:
     model = nn.Sequential(Mlp(), nn.Dropout(0.5)).train()
-    _passes(copy.deepcopy(model), Workload("dropout", model, (X,)))
+    _check_passes(copy.deepcopy(model), Workload("dropout", model, (X,)))
 
 
 def test_top1_agreement_is_reported_for_language_models_only() -> None:
@@ -337,7 +337,7 @@ def test_norms_that_cast_to_float32_are_still_judged_in_double() -> None:
             return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
 
     model = Norm().eval()
-    found = _passes(copy.deepcopy(model), Workload("norm", model, (X.bfloat16(),)))
+    found = _check_passes(copy.deepcopy(model), Workload("norm", model, (X.bfloat16(),)))
     assert found.error_vs_fp64 is not None
     assert found.error_vs_fp64 > 1e-4
 
@@ -373,7 +373,7 @@ def test_a_deep_bf16_model_is_held_to_eagers_own_share_against_fp64() -> None:
             x = (x.float() + torch.sin(x.float() @ layer.weight.float().T + layer.bias.float())).bfloat16()
         return x
 
-    found = _passes(fused, _deep_workload(model))
+    found = _check_passes(fused, _deep_workload(model))
     assert found.required_share < 0.999
     assert found.oracle_note is not None
     assert "share against fp64 decided" in found.oracle_note
@@ -397,7 +397,7 @@ def test_the_relaxed_track_takes_what_the_exact_one_refuses() -> None:
         return half(x.bfloat16()).float()
 
     assert not check(WORKLOAD, low).is_equivalent
-    _passes(low, precision_track="relaxed", required_share=0.95)
+    _check_passes(low, precision_track="relaxed", required_share=0.95)
 
 
 def test_no_seeds_is_a_usage_error() -> None:

@@ -65,6 +65,17 @@ def test_a_missing_compiler_is_exit_code_3(tmp_path: Path) -> None:
     assert "C++ compiler" in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [("profile", "demo:bert@tiny"), ("demo",), ("generate", "rms_norm")])
+def test_a_missing_torch_is_exit_code_3_and_says_how_to_install_it(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from agnitra_lab.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 3, done.stderr
+    assert "pip install torch" in done.stderr
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
 def test_every_schema_is_written_to_the_folder(tmp_path: Path) -> None:
     done = agnitra("schemas", "--out", "schemas", cwd=tmp_path)
     assert done.returncode == 0

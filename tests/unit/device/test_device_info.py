@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agnitra_lab.device import cpu
-from agnitra_lab.device.info import default_device, describe, device_of, synchronize
+from agnitra_lab.device.info import default_device, describe, device_of
 from agnitra_lab.errors import MissingError, UsageError
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -54,10 +54,6 @@ def test_the_device_of_a_module_is_that_of_its_parameters() -> None:
 
 def test_objects_without_tensors_are_on_the_cpu() -> None:
     assert device_of("text", 3, None, lambda: None) == torch.device("cpu")
-
-
-def test_synchronising_a_cpu_returns() -> None:
-    synchronize("cpu")
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,10 @@ def test_a_connection_that_opens_after_the_cut_is_cut_at_once():
 
 
 def test_events_without_a_socket_are_let_pass():
-    Connection().trace("http11.send_request_headers.started", {})
-    Connection().trace("connection.connect_tcp.complete", {"return_value": None})
+    connection = Connection()
+    connection.trace("http11.send_request_headers.started", {})
+    connection.trace("connection.connect_tcp.complete", {"return_value": None})
+    assert connection._sockets == []
 
 
 def test_a_deadline_runs_out_and_never_below_zero():
