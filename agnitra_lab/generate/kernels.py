@@ -8,12 +8,25 @@ import torch
 
 from agnitra_lab.contracts.search import KernelConfig, SearchResult, SearchSpace
 from agnitra_lab.contracts.suggestion import Suggestion
+from agnitra_lab.errors import TemplateError
 from agnitra_lab.generate import registry
 from agnitra_lab.generate.defaults import default_config
 from agnitra_lab.generate.render import render
 from agnitra_lab.graph.sites import Site
 
 Timer = Callable[..., float]
+
+
+def supported(found: Sequence[Site]) -> list[Site]:
+    """Keep the sites whose shape and dtype their template has a config for."""
+    kept = []
+    for site in found:
+        try:
+            default_config(site.template, site.shape, site.dtype)
+        except TemplateError:
+            continue
+        kept.append(site)
+    return kept
 
 
 def space_of(site: Site) -> SearchSpace:

@@ -24,7 +24,7 @@ from agnitra_lab.contracts.suggestion import Proposal
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device import info
 from agnitra_lab.device.peaks import measure_peaks
-from agnitra_lab.errors import AgnitraError, RollbackError
+from agnitra_lab.errors import AgnitraError, RollbackError, SearchError
 from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
 from agnitra_lab.generate.render import render
@@ -135,7 +135,12 @@ class Optimization:
             return self.searches
         notes = []
         for site in found:
-            result = self._search(site)
+            try:
+                result = self._search(site)
+            except SearchError as error:
+                # Every config failed: the rule of thumb stands in, and the contest decides whether its kernel runs.
+                notes.append(f"{site.template}: {error.message}")
+                continue
             if result is None:
                 notes.append(f"{site.template}: no measurements for this device")
                 continue
@@ -277,7 +282,7 @@ class Optimization:
 
     def _sites(self) -> list[sites.Site]:
         graph = self.telemetry.graph
-        return sites.template_sites(graph, self.profile_of_workload) if graph else []
+        return templates.supported(sites.template_sites(graph, self.profile_of_workload)) if graph else []
 
     def _search(self, site: sites.Site) -> SearchResult | None:
         given = self.settings
