@@ -34,25 +34,36 @@ def _environment_secrets() -> list[str]:
 def redact_text(text: str) -> str:
     """Replace credentials in `text`: known shapes, secret flags, URL user info, and the values of secret
     environment variables. The home folder becomes `~`, so that no account name leaves either."""
-    for value in _environment_secrets():
-        text = text.replace(value, REDACTED)
-    text = _SECRET_FLAG.sub(rf"\1{REDACTED}", text)
-    text = _SECRET_TEXT.sub(REDACTED, text)
-    text = _URL_USERINFO.sub(rf"\1{REDACTED}@", text)
-    home = str(Path.home())
-    if len(home) > 1:
-        text = re.sub(rf"(?<![\w/.-]){re.escape(home)}(?=/|$|\W)", "~", text)
-    return text
+    return _redacted_text(text, _environment_secrets(), str(Path.home()))
 
 
 def redact(value: Any) -> Any:
     """Redact a JSON-like value: mappings by key name as well as by text; other leaves pass unchanged."""
+    # Read once: a record has a thousand strings, and the environment took four fifths of the time.
+    return _redacted(value, _environment_secrets(), str(Path.home()))
+
+
+def _redacted_text(text: str, secrets: list[str], home: str) -> str:
+    for value in secrets:
+        text = text.replace(value, REDACTED)
+    text = _SECRET_FLAG.sub(rf"\1{REDACTED}", text)
+    text = _SECRET_TEXT.sub(REDACTED, text)
+    text = _URL_USERINFO.sub(rf"\1{REDACTED}@", text)
+    if len(home) > 1 and home in text:
+        text = re.sub(rf"(?<![\w/.-]){re.escape(home)}(?=/|$|\W)", "~", text)
+    return text
+
+
+def _redacted(value: Any, secrets: list[str], home: str) -> Any:
     if isinstance(value, str):
-        return redact_text(value)
+        return _redacted_text(value, secrets, home)
     if isinstance(value, dict):
-        return {key: REDACTED if _is_secret_entry(str(key), item) else redact(item) for key, item in value.items()}
+        return {
+            key: REDACTED if _is_secret_entry(str(key), item) else _redacted(item, secrets, home)
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return _redact_sequence(value)
+        return _redacted_sequence(value, secrets, home)
     return value
 
 
@@ -60,11 +71,11 @@ def _is_secret_entry(key: str, item: Any) -> bool:
     return isinstance(item, str) and bool(_SECRET_NAME.search(key)) and not _TOKEN_COUNTS.search(key)
 
 
-def _redact_sequence(items: list[Any] | tuple[Any, ...]) -> list[Any]:
+def _redacted_sequence(items: list[Any] | tuple[Any, ...], secrets: list[str], home: str) -> list[Any]:
     redacted: list[Any] = []
     after_flag = False
     for item in items:
-        redacted.append(REDACTED if after_flag and isinstance(item, str) else redact(item))
+        redacted.append(REDACTED if after_flag and isinstance(item, str) else _redacted(item, secrets, home))
         # `--api-key VALUE` in an argv list: the value stands in the next element.
         after_flag = isinstance(item, str) and item.startswith("-") and bool(_SECRET_NAME.search(item))
     return redacted

@@ -107,18 +107,36 @@ def print_comparison(report: Report, *, is_json: bool, paths: Sequence[Path]) ->
 
 
 def print_telemetry(telemetry: Telemetry, directory: Path, target: str, *, is_json: bool) -> None:
-    """The op table, the bottleneck, and the next step."""
+    """The node table, who spent the time, the bottleneck, and the next step."""
     record = telemetry.record
     if is_json:
         _print_json(record)
         return
-    table = Table("op", "node", "ms", "share", "calls", title=f"Where the time goes: {escape(record.name or target)}")
-    for event in record.events[:12]:
+    table = Table(
+        "node", "module", "ms", "share", "calls", title=f"Where the time goes: {escape(record.name or target)}"
+    )
+    for node in record.nodes[:12]:
+        name = f"{node.node.split(' + ')[0]} +{node.num_nodes - 1}" if node.node and node.num_nodes > 1 else node.node
         table.add_row(
-            event.op, escape(event.node or event.module_path or "-"), f"{event.latency_ms:.3f}", f"{event.share:.1%}",
-            str(event.num_calls),
+            escape(name or node.op or "-"), escape(node.module_path or "-"), f"{node.latency_ms:.3f}",
+            f"{node.share:.1%}", str(node.num_calls),
         )  # fmt: skip
     _console.print(table)
+    spent: dict[str, float] = {}
+    for spot in record.hotspots:
+        place = f"{spot.place} x{spot.num_places}" if spot.num_places > 1 else spot.place
+        spent[place] = spent.get(place, 0.0) + spot.share
+    ranked = sorted(spent.items(), key=lambda item: -item[1])[:6]
+    _line(f"By layer: {escape(', '.join(f'{place} {share:.1%}' for place, share in ranked))}")
+    if record.owners is not None:
+        owners = record.owners
+        _line(
+            f"graph nodes {owners.fx_node:.1%} (exact {owners.exact_node:.1%}), parameter gradients "
+            f"{owners.param_grad:.1%}, optimiser {owners.optimizer:.1%}, outside the graph {owners.outside_graph:.1%}, "
+            f"residual {owners.residual:.1%}"
+        )
+    if record.gpu.idle is not None and record.gpu.idle.launch_bound_share is not None:
+        _line(f"The GPU waited for the host {record.gpu.idle.launch_bound_share:.0%} of the profiled time.")
     for note in (record.gpu.reason, record.graph_note, *record.notes):
         if note:
             _line(f"[{MUTED}]{escape(note)}[/]")

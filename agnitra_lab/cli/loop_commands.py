@@ -107,6 +107,7 @@ def benchmark(
 def profile(
     target: Target,
     repeat: Annotated[int, typer.Option(min=1, help="Calls to capture.")] = 3,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace too: a .json or .json.gz file.")] = None,
     is_json: Json = False,
     artifacts: Artifacts = Path("artifacts"),
 ) -> int:
@@ -115,7 +116,9 @@ def profile(
     from agnitra_lab.loop import profile_run
     from agnitra_lab.workloads.target import resolve
 
-    telemetry, directory = profile_run(resolve(target), artifacts=artifacts, repeat=repeat, command=_command())
+    telemetry, directory = profile_run(
+        resolve(target), artifacts=artifacts, repeat=repeat, trace=trace, command=_command()
+    )
     console.print_telemetry(telemetry, directory, target, is_json=is_json)
     return 0
 

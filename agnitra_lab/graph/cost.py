@@ -42,11 +42,12 @@ def flops(op: str, node: fx.Node) -> float | None:
         return None
 
 
-def bytes_moved(node: fx.Node) -> float | None:
+def bytes_moved(node: fx.Node, op: str | None = None) -> float | None:
     """Count the bytes of a node's inputs and outputs, each once: the least traffic that the op can cause.
 
     Args:
-        node: an exported call node whose arguments carry their value in `meta["val"]`.
+        node: a call node whose arguments carry their value in `meta["val"]`.
+        op: the profiler's name of the op, for a node of Dynamo's, whose target has no schema.
 
     Returns:
         Bytes; 0 for views, which move nothing; None when a size is symbolic.
@@ -55,11 +56,13 @@ def bytes_moved(node: fx.Node) -> float | None:
     inputs = [tensor for argument in node.all_input_nodes for tensor in _tensors(argument.meta.get("val"))]
     if not all(isinstance(size, int) for tensor in (*inputs, *outputs) for size in tensor.shape):
         return None
-    if _is_view(node, inputs, outputs):
+    if _shares_storage(op, inputs, outputs) if op is not None else _is_view(node, inputs, outputs):
         return 0.0
-    op = getattr(getattr(node.target, "_schema", None), "name", "")
+    op = op or getattr(getattr(node.target, "_schema", None), "name", "")
     if op in _INDEXED_READS:
-        return float(sum(_size(tensor) for tensor in inputs[1:]) + 2 * sum(_size(tensor) for tensor in outputs))
+        # torch.nn.functional.embedding takes the indices first, the ATen op its table.
+        indices = inputs[:1] if node.target is torch.nn.functional.embedding else inputs[1:]
+        return float(sum(_size(tensor) for tensor in indices) + 2 * sum(_size(tensor) for tensor in outputs))
     if op in _INDEXED_WRITES:
         written = inputs[1:]
         return float(sum(_size(tensor) for tensor in written) + (_size(written[-1]) if written else 0))
@@ -74,6 +77,13 @@ def _is_view(node: fx.Node, inputs: list[torch.Tensor], outputs: list[torch.Tens
     if not aliases or any(alias is None or alias.is_write for alias in aliases):
         return False
     return outputs[0].dtype == inputs[0].dtype
+
+
+def _shares_storage(op: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
+    """Tell a view without a schema: its output lies in its input's memory, although it writes nothing."""
+    if op.endswith("_") or not inputs or not outputs or any(t.layout != torch.strided for t in (inputs[0], outputs[0])):
+        return False
+    return outputs[0].untyped_storage()._cdata == inputs[0].untyped_storage()._cdata
 
 
 def _value(argument: Any) -> Any:

@@ -96,10 +96,10 @@ def _describe(node: fx.Node, op: str, resolved: dict[fx.Node, str]) -> GraphNode
         name=resolved[node],
         op=op,
         inputs=tuple(dict.fromkeys(resolved.get(source, source.name) for source in node.all_input_nodes)),
-        shape=_static_shape(value),
+        shape=static_shape(value),
         dtype=str(value.dtype).removeprefix("torch.") if value is not None else None,
         module_path=_module_path(node),
-        source=_source(node),
+        source=source_line(node),
         flops=flops(op, node),
         bytes_moved=bytes_moved(node),
     )
@@ -114,7 +114,8 @@ def first_tensor(value: Any) -> torch.Tensor | None:
     return None
 
 
-def _static_shape(value: torch.Tensor | None) -> tuple[int, ...]:
+def static_shape(value: torch.Tensor | None) -> tuple[int, ...]:
+    """Return a tensor's shape, () when there is no tensor or a size is symbolic."""
     if value is None or not all(isinstance(size, int) for size in value.shape):
         return ()
     return tuple(int(size) for size in value.shape)
@@ -130,7 +131,8 @@ def _module_path(node: fx.Node) -> str | None:
     return re.sub(r"@\d+", "", path)
 
 
-def _source(node: fx.Node) -> str | None:
+def source_line(node: fx.Node) -> str | None:
+    """Return file:line of the innermost frame outside of torch that made the node."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     user_frames = list(_outside_torch(frames))
     if not user_frames:

@@ -12,6 +12,7 @@ import torch
 from agnitra_lab.benchmark import compare as comparing
 from agnitra_lab.contracts.measurement import Comparison
 from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.errors import UsageError
 from agnitra_lab.loop import preflight
 from agnitra_lab.loop.optimization import Optimization, Progress
 from agnitra_lab.loop.result import Result
@@ -65,19 +66,41 @@ def profile(target: Any, inputs: Any = None, *, name: str | None = None, repeat:
 
 
 def profile_run(
-    workload: Workload, *, artifacts: Path | str, repeat: int = 3, command: str | None = None
+    workload: Workload,
+    *,
+    artifacts: Path | str,
+    repeat: int = 3,
+    trace: Path | None = None,
+    command: str | None = None,
 ) -> tuple[Telemetry, Path]:
     """Profile a workload and file it as a run of its own.
 
+    Args:
+        workload: what to profile.
+        artifacts: folder of the runs.
+        repeat: calls to capture.
+        trace: a .json or .json.gz file for a Chrome trace.
+        command: for the record.
+
     Returns:
         The telemetry and the directory with telemetry.json, events.parquet, summary.json and run.md.
+
+    Raises:
+        UsageError: `trace` ends otherwise.
+        RunStoreError: a folder cannot be written.
     """
     store = RunStore(artifacts)
     store.check_writable()
+    if trace is not None:
+        if not trace.name.endswith((".json", ".json.gz")):
+            raise UsageError(f"--trace is {str(trace)!r}.", hint="Expected a file such as trace.json or trace.json.gz.")
+        RunStore(trace.parent).check_writable()
     preflight.check_runs(workload)
     run = store.create("profile", workload.name, category="profiles")
     telemetry = capture.profile(workload, name=workload.name, repeat=repeat)
     telemetry.save(run.directory("profiles"))
+    if trace is not None:
+        telemetry.export_trace(trace)
     meta = provenance.meta(
         run.run_id, "profile", workload.name, command=command, argv=sys.argv, seed=0,
         device=telemetry.record.device, config={"workload": dict(workload.settings), "repeat": repeat},

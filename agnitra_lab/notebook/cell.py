@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-from types import CodeType
+import re
+from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from agnitra_lab.errors import UsageError
@@ -25,24 +26,33 @@ class CellBody:
     Args:
         shell: whose namespace, transformers and compiler are used.
         cell: the text below the magic's line.
+        magic: the magic as the user writes it, for messages and to find its line in the cell.
+
+    Attributes:
+        is_empty: there is no statement in it.
 
     Raises:
         SyntaxError: as in any cell.
         UsageError: the body awaits at top level, which a magic cannot do.
     """
 
-    def __init__(self, shell: InteractiveShell, cell: str) -> None:
+    def __init__(self, shell: InteractiveShell, cell: str, magic: str) -> None:
         self._shell = shell
-        source = _line_padding(cell) + shell.transform_cell(cell)
+        source = "\n" * _num_lines_above(shell, cell, magic) + shell.transform_cell(cell)
         # Registered before anything can fail: tracebacks and inspect.getsource (which triton.jit reads) look it up.
         compiler: Any = shell.compile  # takes trees as well as text
-        filename = compiler.cache(source, shell.execution_count)
+        # The number of the running cell: from IPython 9 on, shell.execution_count is that of the next one by now.
+        filename = compiler.cache(source, shell.displayhook.prompt_count)
         tree = shell.transform_ast(compiler.ast_parse(source, filename=filename))
-        _refuse_await(tree, filename, compiler.flags)
-        body = list(tree.body)
+        _refuse_await(tree, filename, compiler.flags, magic)
+        body = _interactive(list(tree.body), shell.ast_node_interactivity)
+        self.is_empty = not body
         last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
-        module = ast.Module(body, type_ignores=[])
-        self._statements: CodeType | None = compiler(module, filename, "exec") if body else None
+        shows_all = shell.ast_node_interactivity == "all"
+        module = ast.Interactive(body) if shows_all else ast.Module(body, type_ignores=[])
+        self._statements: CodeType | None = (
+            compiler(module, filename, "single" if shows_all else "exec") if body else None
+        )
         self._value: CodeType | None = (
             compiler(ast.Expression(last.value), filename, "eval") if isinstance(last, ast.Expr) else None
         )
@@ -58,17 +68,47 @@ class CellBody:
         return None
 
 
-def _line_padding(cell: str) -> str:
-    """Blank lines for the magic's own line and those that IPython drops, so that tracebacks count as the cell does."""
+def user_traceback(trace: TracebackType | None) -> TracebackType | None:
+    """Return the part of a traceback that begins in the body of a cell, or all of it when the body is not in it."""
+    part = trace
+    while part is not None:
+        if part.tb_frame.f_code is CellBody.__call__.__code__ and part.tb_next is not None:
+            return part.tb_next
+        part = part.tb_next
+    return trace
+
+
+def _num_lines_above(shell: InteractiveShell, cell: str, magic: str) -> int:
+    """Count the lines above the body's first statement, so that tracebacks count as the user's cell does.
+
+    They are the magic's own line, those of magics around it, and the blank lines that IPython drops.
+    """
     lines = cell.splitlines()
-    num_leading = next((index for index, line in enumerate(lines) if line.strip()), len(lines))
-    return "\n" * (1 + num_leading)
+    num_blank = next((index for index, line in enumerate(lines) if line.strip()), len(lines))
+    history: Any = shell.history_manager
+    raw = re.sub(r"\A\s*\n", "", history.input_hist_raw[-1]).rstrip() if history is not None else ""
+    above = raw.removesuffix(cell.rstrip()).splitlines() if raw.endswith(cell.rstrip()) else []
+    return num_blank + (len(above) if above and above[-1].startswith(magic) else 1)
 
 
-def _refuse_await(tree: ast.Module, filename: str, flags: int) -> None:
+def _interactive(body: list[ast.stmt], interactivity: str) -> list[ast.stmt]:
+    """Give the body the value that the user's ast_node_interactivity asks for: that of a last assignment."""
+    target = None
+    if interactivity == "last_expr_or_assign" and body:
+        last = body[-1]
+        if isinstance(last, ast.Assign) and len(last.targets) == 1:
+            target = last.targets[0]
+        elif isinstance(last, ast.AugAssign | ast.AnnAssign):
+            target = last.target
+    if not isinstance(target, ast.Name):
+        return body
+    return [*body, ast.fix_missing_locations(ast.Expr(ast.Name(target.id, ast.Load())))]
+
+
+def _refuse_await(tree: ast.Module, filename: str, flags: int, magic: str) -> None:
     code = compile(tree, filename, "exec", flags=flags | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     if code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
         raise UsageError(
-            "%%agnitra_profile cannot run a cell that awaits at top level; nothing was run.",
-            hint="Await in a cell of its own, and profile the cell that computes.",
+            f"{magic} cannot run a cell that awaits at top level; nothing was run.",
+            hint="Await in a cell of its own, as in x = await load(), and profile the cell that computes.",
         )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TELEMETRY_NAME = "agnitra_telemetry"
 RESULT_NAME = "agnitra_result"
 ARTIFACTS = "artifacts"
+MAX_EVENTS = 2_000_000
 
 
 @magics_class
@@ -44,18 +45,39 @@ class AgnitraMagics(Magics):
     @magic_arguments()
     @argument("--name", default="cell", help="What the card and the run call the cell.")
     @argument("--workload", help="A Workload variable or a TARGET: what one run of the cell stands for.")
-    @argument("--repeat", type=int, default=1, help="Run the body this many times, side effects included; default 1.")
-    @argument("--out", help="Write telemetry.json and events.parquet into this folder too.")
-    @argument("--artifacts", default=ARTIFACTS, help="Folder of the runs.")
+    @argument(
+        "--repeat",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Run the body N times, side effects included; times are those of one run, in ms. Default 1.",
+    )
+    @argument(
+        "--max-events",
+        type=int,
+        default=MAX_EVENTS,
+        metavar="N",
+        help="Keep the first N events of the profiler and count the others, so that a long cell does not fill the "
+        f"memory. Default {MAX_EVENTS:,}.",
+    )
+    @argument(
+        "--memory",
+        action="store_true",
+        help="Record every allocation and free too, in bytes: costs about as much again as the profile itself.",
+    )
+    @argument("--trace", metavar="PATH", help="Write a Chrome trace, for Perfetto: JSON, times in microseconds.")
+    @argument("--out", metavar="FOLDER", help="Write telemetry.json and events.parquet into this folder too.")
+    @argument("--artifacts", metavar="FOLDER", default=ARTIFACTS, help="Folder of the runs. Default artifacts.")
     @cell_magic
     def agnitra_profile(self, line: str, cell: str) -> Any:
         """Profile the cell: where its time goes, down to the graph node. The cell behaves as without the magic.
 
-        The telemetry is in `agnitra_telemetry` afterwards; every run is filed under artifacts/profiles.
+        The telemetry is in `agnitra_telemetry` afterwards, also when the cell fails or is interrupted; every run that
+        ends is filed under artifacts/profiles. A cell of more than 2 s shows for how long it has been running.
         """
+        __tracebackhide__ = True
         from agnitra_lab.notebook.profiling import CellProfile
 
-        __tracebackhide__ = True
         with one_line():
             options = self._options("agnitra_profile", line, prefix="%%")
             profile = CellProfile(self.shell, self.display, cell, options, command=f"%%agnitra_profile {line}".strip())

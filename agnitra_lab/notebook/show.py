@@ -23,7 +23,7 @@ Bundle = dict[str, str]
 
 def profile_bundle(record: TelemetryRecord, filed: str | None = None) -> Bundle:
     """The profile card as one mime bundle."""
-    from agnitra_lab.notebook.cards import profile_card_html, profile_card_text
+    from agnitra_lab.notebook.profile_card import profile_card_html, profile_card_text
 
     return {"text/html": profile_card_html(record, filed), "text/plain": profile_card_text(record, filed)}
 
@@ -37,7 +37,7 @@ def report_bundle(report: Report) -> Bundle:
 
 def rollback_bundle(proof: RollbackProof) -> Bundle:
     """The rollback card as one mime bundle."""
-    from agnitra_lab.notebook.cards import rollback_card_html, rollback_card_text
+    from agnitra_lab.notebook.rollback_card import rollback_card_html, rollback_card_text
 
     return {"text/html": rollback_card_html(proof), "text/plain": rollback_card_text(proof)}
 

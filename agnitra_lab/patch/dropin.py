@@ -65,9 +65,14 @@ class OptimizedModel(nn.Module):
         }
         self.__dict__.update(own)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         # Hooks belong to the original: they run inside both paths, not around them.
         return self.forward(*args, **kwargs)
+
+    @property
+    def _orig_mod(self) -> Any:
+        """The original, under the name that torch.compile's wrapper gives it."""
+        return self.__dict__["_agnitra_original"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the compiled path when the call fits, else the original."""

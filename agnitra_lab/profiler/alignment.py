@@ -15,22 +15,20 @@ class NodeMatch:
     """A graph node that an op was tied to.
 
     Attributes:
-        node: the node.
+        index: place of the node in the graph.
         confidence: 1 when the module's ops and nodes agree one by one; else the share that agrees in order.
     """
 
-    node: GraphNode
+    index: int
     confidence: float
 
 
 class NodeAligner:
-    """Aligns one root module's calls with its captured graph; equal calls are aligned once."""
+    """Aligns one root module's calls with its captured graph."""
 
     def __init__(self, nodes: Sequence[GraphNode]) -> None:
-        self._nodes_of: dict[str, list[GraphNode]] = defaultdict(list)
-        for node in nodes:
-            self._nodes_of[node.module_path or ""].append(node)
-        self._known: dict[tuple[str, tuple[str, ...]], list[NodeMatch | None]] = {}
+        self._nodes = tuple(nodes)
+        self._of_paths: dict[frozenset[str], dict[str, list[tuple[int, str]]]] = {}
 
     def align_call(self, ops: Sequence[tuple[str, str]]) -> list[NodeMatch | None]:
         """Tie the top-level ops of one call of the root to nodes.
@@ -44,24 +42,33 @@ class NodeAligner:
         places: dict[str, list[int]] = defaultdict(list)
         for place, (path, _) in enumerate(ops):
             places[path].append(place)
+        of_path = self._by_called_module(frozenset(places))
         matches: list[NodeMatch | None] = [None] * len(ops)
         for path, members in places.items():
             names = tuple(ops[place][1] for place in members)
-            for place, match in zip(members, self._align_module(path, names), strict=True):
+            for place, match in zip(members, _align(names, of_path.get(path, [])), strict=True):
                 matches[place] = match
         return matches
 
-    def _align_module(self, path: str, names: tuple[str, ...]) -> list[NodeMatch | None]:
-        known = self._known.get((path, names))
-        if known is None:
-            known = self._known[path, names] = _align(names, self._nodes_of.get(path, []))
-        return known
+    def _by_called_module(self, called: frozenset[str]) -> dict[str, list[tuple[int, str]]]:
+        """Group the nodes by the innermost of their modules that is called as one.
+
+        A traced or exported module is one flat function, whose nodes still tell the modules that they came from.
+        """
+        if called not in self._of_paths:
+            grouped = self._of_paths[called] = defaultdict(list)
+            for index, node in enumerate(self._nodes):
+                path = node.module_path or ""
+                while path and path not in called:
+                    path = path.rpartition(".")[0]
+                grouped[path].append((index, node.op))
+        return self._of_paths[called]
 
 
-def _align(names: tuple[str, ...], nodes: list[GraphNode]) -> list[NodeMatch | None]:
-    targets = [node.op for node in nodes]
+def _align(names: tuple[str, ...], nodes: list[tuple[int, str]]) -> list[NodeMatch | None]:
+    targets = [op for _, op in nodes]
     if list(names) == targets:
-        return [NodeMatch(node, 1.0) for node in nodes]
+        return [NodeMatch(index, 1.0) for index, _ in nodes]
     matches: list[NodeMatch | None] = [None] * len(names)
     if not nodes:
         return matches
@@ -69,5 +76,5 @@ def _align(names: tuple[str, ...], nodes: list[GraphNode]) -> list[NodeMatch | N
     confidence = matcher.ratio()
     for block in matcher.get_matching_blocks():
         for offset in range(block.size):
-            matches[block.a + offset] = NodeMatch(nodes[block.b + offset], confidence)
+            matches[block.a + offset] = NodeMatch(nodes[block.b + offset][0], confidence)
     return matches

@@ -1,134 +1,187 @@
-"""Attribute every op and kernel to a graph node, a module or neither, and sum them into rows that say which."""
+"""Attribute every op and kernel to a graph node, a parameter's gradient, the optimiser or code outside of the graph.
+
+modules -> graph nodes -> compiled regions -> optimiser, gradients, backward -> what is nested -> kernels -> replays
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from agnitra_lab.contracts import GraphHandoff
-from agnitra_lab.profiler.alignment import NodeAligner, NodeMatch
-from agnitra_lab.profiler.event_table import EventTable, Kind
+from agnitra_lab.contracts import GraphNode
+from agnitra_lab.profiler.alignment import NodeAligner
+from agnitra_lab.profiler.backward import place_backward, place_gradients, place_optimizers
+from agnitra_lab.profiler.event_table import BACKWARD_PREFIX, EventTable, Int64, Kind
+from agnitra_lab.profiler.inductor import Program
+from agnitra_lab.profiler.places import Attribution, Label, Places
+from agnitra_lab.profiler.regions import place_regions
+from agnitra_lab.profiler.replays import place_replays
 from agnitra_lab.profiler.sweep import Nesting, sweep
-
-Method = Literal["fx_node", "module", "outside_graph"]
-_BACKWARD = "autograd::engine::evaluate_function"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an event belongs.
+class RootGraph:
+    """The graph of one root call.
 
     Attributes:
-        method: what the place rests on: a graph node, a module marker, or nothing.
-        module_path: dotted path below the root module, None outside of modules.
-        match: the node and how sure it is, for `fx_node`.
-        root: marker index of the root module, -1 outside of modules.
+        nodes: in execution order.
+        prefix: what the printed names of its nodes start with, where a profile has several graphs.
+        origin_of: of a compiled root, names of nodes that its compiler made -> names in `nodes`.
+        is_compiled: whether torch.compile runs the root.
     """
 
-    method: Method
-    module_path: str | None = None
-    match: NodeMatch | None = None
-    root: int = -1
-
-    @property
-    def node(self) -> str | None:
-        """Name of the node."""
-        return self.match.node.name if self.match else None
-
-    @property
-    def key(self) -> tuple[Method, int, str | None, str | None]:
-        """What tells places apart; cheap to hash, which a whole node is not."""
-        return self.method, self.root, self.module_path, self.node
+    nodes: tuple[GraphNode, ...]
+    prefix: str = ""
+    origin_of: Mapping[str, str] = field(default_factory=dict)
+    is_compiled: bool = False
 
 
-OUTSIDE = Place("outside_graph")
-
-
-@dataclass
-class Attribution:
-    """The events of a profile with the place of each.
+@dataclass(frozen=True)
+class Context:
+    """What is known of a profile beside its events.
 
     Attributes:
-        table: the events.
-        nesting: their nesting.
-        places: one per event.
+        paths: marker index of a root call -> marker index of a module -> dotted path below the root.
+        graphs: marker index of a root call -> its graph.
+        gradients: (marker index of the root call, parameter name) of each gradient marker.
+        programs: what Inductor has compiled in this process.
+        reference: an attribution of the same kernels, for replays of unknown origin.
     """
 
-    table: EventTable
-    nesting: Nesting
-    places: list[Place]
+    paths: Mapping[int, Mapping[int, str]] = field(default_factory=dict)
+    graphs: Mapping[int, RootGraph] = field(default_factory=dict)
+    gradients: Sequence[tuple[int, str]] = ()
+    programs: Sequence[Program] = ()
+    reference: Attribution | None = None
 
 
-def attribute(
-    table: EventTable, paths: Mapping[int, tuple[int, str]], graphs: Mapping[int, GraphHandoff]
-) -> Attribution:
+def attribute(table: EventTable, context: Context, nesting: Nesting | None = None) -> Attribution:
     """Find the place of every event.
 
     Args:
         table: events of one profile.
-        paths: marker index -> (marker index of the root module, path below it), from `markers.module_paths`.
-        graphs: marker index of a root module -> its captured graph.
+        context: modules, graphs and programs.
+        nesting: of the table, where the caller has it already.
 
     Returns:
-        The attribution. An op nested in another (aten::addmm in aten::linear) has the place of the outermost one;
-        a kernel that of the op which launched it; a backward op that of its forward op's module.
+        The attribution. An op nested in another (aten::addmm in aten::linear) has the place of the outermost one,
+        unless it has one of its own (a kernel of a compiled region); a GPU kernel that of the op which launched it.
     """
-    nesting = sweep(table)
-    places = [OUTSIDE] * len(table)
-    tops = np.flatnonzero((table.kind == Kind.OP) & (nesting.top_op == np.arange(len(table))))
-    for row in tops.tolist():
-        places[row] = _module_place(paths.get(int(nesting.module[row])))
-    for row, match in _node_matches(table, nesting, tops.tolist(), paths, graphs).items():
-        own = places[row]
-        places[row] = Place("fx_node", own.module_path, match, own.root)
-    _place_backward(table, nesting, tops.tolist(), places)
-    for row in np.flatnonzero((table.kind != Kind.ANNOTATION) & (table.kind != Kind.RUNTIME)).tolist():
-        top = int(nesting.top_op[row]) if table.kind[row] != Kind.MARKER else -1
-        # A marker, and a kernel that was launched straight under one, have a module and no op.
-        places[row] = places[top] if top >= 0 else _module_place(paths.get(int(nesting.module[row])))
-    return Attribution(table, nesting, places)
+    nesting = nesting if nesting is not None else sweep(table)
+    places = Places.unknown(len(table))
+    tops = np.flatnonzero((table.kind == Kind.OP) & (nesting.top_op == np.arange(len(table))) & ~nesting.is_own)
+    _place_modules(table, nesting, tops, places, context)
+    _place_nodes(table, nesting, tops, places, context)
+    own = place_regions(table, nesting, places, context.graphs, context.programs)
+    place_optimizers(table, nesting, tops, places)
+    place_gradients(table, nesting, tops, places, context.gradients)
+    place_backward(table, nesting, tops, places)
+    _hand_down(table, nesting, places, own)
+    _place_kernels(table, nesting, places)
+    attribution = Attribution(table, nesting, places)
+    place_replays(attribution, context.graphs, context.programs, context.reference)
+    return attribution
 
 
-def _module_place(path: tuple[int, str] | None) -> Place:
-    return Place("module", path[1], None, path[0]) if path is not None else OUTSIDE
+def _place_modules(table: EventTable, nesting: Nesting, tops: Int64, places: Places, context: Context) -> None:
+    is_host = (table.kind == Kind.OP) | (table.kind == Kind.MARKER)
+    rows = np.flatnonzero(is_host & (nesting.module >= 0))
+    places.path[rows] = _path_ids(nesting, rows, places, context)
+    in_module = places.path[tops] >= 0
+    places.put(tops[in_module], "fx_node", "module")
+    places.put(tops[~in_module], "outside_graph", "outside_graph")
 
 
-def _node_matches(
-    table: EventTable,
-    nesting: Nesting,
-    tops: list[int],
-    paths: Mapping[int, tuple[int, str]],
-    graphs: Mapping[int, GraphHandoff],
-) -> dict[int, NodeMatch]:
-    calls: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for row in tops:
-        path = paths.get(int(nesting.module[row]))
-        if path is not None and path[0] in graphs:
-            calls[path[0], int(nesting.root_event[row])].append(row)
-    aligners = {root: NodeAligner(handoff.graph.nodes) for root, handoff in graphs.items()}
-    matches: dict[int, NodeMatch] = {}
-    for (root, _), rows in calls.items():
-        rows.sort(key=lambda row: int(table.start_ns[row]))
-        ops = [(paths[int(nesting.module[row])][1], table.name[row]) for row in rows]
-        for row, match in zip(rows, aligners[root].align_call(ops), strict=True):
-            if match is not None:
-                matches[row] = match
-    return matches
+def _path_ids(nesting: Nesting, rows: Int64, places: Places, context: Context) -> Int64:
+    """Return the path id of each row: its innermost module as seen from the root that was called."""
+    roots = nesting.module[nesting.root_event[rows]]
+    pairs, inverse = np.unique(np.stack([roots, nesting.module[rows]]), axis=1, return_inverse=True)
+    everywhere = {index: path for paths in context.paths.values() for index, path in paths.items()}
+    ids = [
+        places.path_id(context.paths.get(root, {}).get(module, everywhere.get(module)))
+        for root, module in pairs.T.tolist()
+    ]
+    return np.array(ids, np.int64)[inverse.reshape(-1)] if ids else np.zeros(0, np.int64)
 
 
-def _place_backward(table: EventTable, nesting: Nesting, tops: list[int], places: list[Place]) -> None:
-    """Give backward ops the module of the forward op with the same autograd sequence number."""
-    backward = [row for row in tops if table.name[row].startswith(_BACKWARD) and table.sequence[row] >= 0]
-    if not backward:
-        return
-    forward: dict[int, int] = {}
-    for row in np.flatnonzero((table.kind == Kind.OP) & (table.sequence >= 0) & (nesting.module >= 0)).tolist():
-        forward.setdefault(int(table.sequence[row]), int(nesting.top_op[row]))
-    for row in backward:
-        source = forward.get(int(table.sequence[row]))
-        if source is not None and places[source].method != "outside_graph":
-            places[row] = Place("module", places[source].module_path, None, places[source].root)
+def _place_nodes(table: EventTable, nesting: Nesting, tops: Int64, places: Places, context: Context) -> None:
+    eager = {root: graph for root, graph in context.graphs.items() if not graph.is_compiled}
+    backward = table.ids_of(BACKWARD_PREFIX)
+    rows = tops[(nesting.root_event[tops] >= 0) & ~np.isin(table.name[tops], backward)]
+    rows = rows[np.lexsort((table.start_ns[rows], nesting.root_event[rows]))]
+    bounds = np.flatnonzero(np.diff(nesting.root_event[rows])) + 1
+    aligners = {root: NodeAligner(graph.nodes) for root, graph in eager.items()}
+    known: dict[tuple[int, bytes], _Matches] = {}
+    for call in np.split(rows, bounds):
+        root = int(nesting.module[nesting.root_event[call[0]]]) if len(call) else -1
+        if root not in eager:
+            continue
+        # Calls that run the same ops in the same modules are aligned once.
+        key = root, table.name[call].tobytes() + places.path[call].tobytes()
+        if key not in known:
+            known[key] = _align(call, table, places, root, eager[root], aligners[root])
+        found = known[key]
+        for method, chosen in (("order", found.confidence == 1.0), ("partial_order", found.confidence < 1.0)):
+            rows_found = call[found.members[chosen]]
+            places.put(
+                rows_found,
+                "fx_node",
+                method,
+                confidence=found.confidence[chosen],
+                label=found.labels[chosen],
+                path=found.paths[chosen],
+            )
+
+
+@dataclass(frozen=True)
+class _Matches:
+    """Which ops of a call have a node, its label and module path, and how sure each is."""
+
+    members: Int64
+    labels: Int64
+    paths: Int64
+    confidence: NDArray[np.float64]
+
+
+def _align(
+    call: Int64, table: EventTable, places: Places, root: int, graph: RootGraph, aligner: NodeAligner
+) -> _Matches:
+    ops = [(places.module_path(row) or "", table.name_of(row)) for row in call.tolist()]
+    found = [(place, match) for place, match in enumerate(aligner.align_call(ops)) if match is not None]
+    return _Matches(
+        members=np.array([place for place, _ in found], np.int64),
+        labels=np.array([node_label(places, root, graph, match.index) for _, match in found], np.int64),
+        paths=np.array([places.path_id(graph.nodes[match.index].module_path or "") for _, match in found], np.int64),
+        confidence=np.array([match.confidence for _, match in found]),
+    )
+
+
+def node_label(places: Places, root: int, graph: RootGraph, index: int) -> int:
+    """Return the label id of one graph node."""
+    node = graph.nodes[index]
+    return places.label_id((root, index), Label(graph.prefix + node.name, (node,), root))
+
+
+def _hand_down(table: EventTable, nesting: Nesting, places: Places, own: Int64) -> None:
+    """Give nested ops the place of the op around them, level by level; `own` rows keep the place that they have."""
+    is_op = table.kind == Kind.OP
+    has_own = np.zeros(len(table), np.bool_)
+    has_own[own] = True
+    for rows in nesting.levels:
+        above = nesting.parent[rows]
+        is_nested = is_op[rows] & (above >= 0) & is_op[np.maximum(above, 0)] & ~has_own[rows] & ~nesting.is_own[rows]
+        places.copy(rows[is_nested], above[is_nested])
+    markers = np.flatnonzero((table.kind == Kind.MARKER) & (places.path >= 0))
+    places.put(markers, "fx_node", "module")
+
+
+def _place_kernels(table: EventTable, nesting: Nesting, places: Places) -> None:
+    kernels = np.flatnonzero(table.kind == Kind.KERNEL)
+    launched = kernels[nesting.launcher[kernels] >= 0]
+    places.copy(launched, nesting.launcher[launched])
+    # Launched by code that is no torch op, such as a Triton kernel called by hand: the launch call says where.
+    orphans = kernels[(nesting.launcher[kernels] < 0) & (nesting.launch[kernels] >= 0)]
+    places.put(orphans, "outside_graph", "outside_graph", confidence=0.9)

@@ -1,6 +1,6 @@
 """Profile a workload or a piece of code: the one entry that the SDK, the shell and the notebook share.
 
-workload: first plain call -> warm-up -> shape pass -> plain timed calls -> profiled calls -> graph -> rows
+workload: warm-up -> plain timed calls -> shape pass -> memory pass -> profiled calls -> graph -> rows
 cell:     the body, once, profiled -> graph of the modules that it called -> rows
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,9 +19,11 @@ from torch import nn
 from agnitra_lab.contracts import DeviceInfo, Workload
 from agnitra_lab.device.info import device_of, synchronize
 from agnitra_lab.errors import CaptureError, UsageError
+from agnitra_lab.profiler.markers import ModuleMarkers
 from agnitra_lab.profiler.observe import Observer
+from agnitra_lab.profiler.places import Attribution
 from agnitra_lab.profiler.record import Capture, build_telemetry
-from agnitra_lab.profiler.session import ProfilerSession, is_profiler_active
+from agnitra_lab.profiler.session import MAX_EVENTS, ProfilerSession, is_profiler_active
 from agnitra_lab.profiler.telemetry import Telemetry
 
 _WORKLOAD_REPEAT = 3
@@ -35,6 +38,8 @@ def profile(
     num_warmup: int | None = None,
     should_time: bool = True,
     device_info: DeviceInfo | None = None,
+    max_events: int = MAX_EVENTS,
+    reference: Telemetry | None = None,
 ) -> Telemetry:
     """Profile a workload, or a callable without arguments.
 
@@ -46,6 +51,9 @@ def profile(
         num_warmup: calls before; 2 for a workload, 0 for a callable. A workload always has one.
         should_time: whether to time plain calls of a workload; without it `wall_ms` is null.
         device_info: of the device, where the caller has it already.
+        max_events: events kept, the earliest ones.
+        reference: a profile of the same kernels, such as the eager model's: it tells what the kernels of a CUDA graph
+            are that was captured before the profile by other means than torch.compile.
 
     Returns:
         The telemetry; times are of one call. `telemetry.value` is what a callable returned.
@@ -64,53 +72,50 @@ def profile(
         )
     if (repeat is not None and repeat < 1) or (num_warmup is not None and num_warmup < 0):
         raise UsageError(f"repeat must be at least 1 and num_warmup at least 0, got {repeat} and {num_warmup}.")
+    known = _Known(name, device_info, max_events, reference.attribution if reference is not None else None)
     if isinstance(target, Workload):
         repeats = repeat if repeat is not None else _WORKLOAD_REPEAT
         warmups = max(1, num_warmup if num_warmup is not None else _WORKLOAD_WARMUP)
-        return _profile_workload(target, name, repeats, warmups, should_time, device_info)
+        return _profile_workload(target, repeats, warmups, should_time, known)
     if (repeat or 1) == 1 and not num_warmup:
-        with capture_block(name=name, device_info=device_info) as block:
+        with capture_block(name=name, device_info=device_info, max_events=max_events, reference=reference) as block:
             block.value = target()
         assert block.telemetry is not None
         return block.telemetry
-    return _profile_repeated(target, name, repeat or 1, num_warmup or 0, should_time, device_info)
+    return _profile_repeated(target, repeat or 1, num_warmup or 0, should_time, known)
 
 
-def _profile_workload(
-    workload: Workload,
-    name: str | None,
-    repeat: int,
-    num_warmup: int,
-    should_time: bool,
-    device_info: DeviceInfo | None,
-) -> Telemetry:
+@dataclass(frozen=True)
+class _Known:
+    """What the caller says of a capture."""
+
+    name: str | None
+    device_info: DeviceInfo | None
+    max_events: int
+    reference: Attribution | None
+
+
+def _profile_workload(workload: Workload, repeat: int, num_warmup: int, should_time: bool, known: _Known) -> Telemetry:
     device = device_of(workload.model, workload.args, dict(workload.kwargs))
     with _inference(workload.model):
-        capture = _run_passes(workload, device, repeat, num_warmup, should_time, has_shape_pass=True)
-    capture.name = name or workload.name
+        capture = _run_passes(workload, device, repeat, num_warmup, should_time, known, has_extra_passes=True)
+    capture.name = known.name or workload.name
     capture.workload = workload.name
     capture.phase = workload.phase
     capture.items_per_call = workload.items_per_call
     capture.item_unit = workload.item_unit
-    capture.device_info = device_info
     return build_telemetry(capture)
 
 
 def _profile_repeated(
-    body: Callable[[], Any],
-    name: str | None,
-    repeat: int,
-    num_warmup: int,
-    should_time: bool,
-    device_info: DeviceInfo | None,
+    body: Callable[[], Any], repeat: int, num_warmup: int, should_time: bool, known: _Known
 ) -> Telemetry:
     values: list[Any] = [None]
 
     def call() -> None:
         values[0] = body()
 
-    capture = _run_passes(call, _ambient_device(), repeat, num_warmup, should_time, has_shape_pass=False)
-    capture.name, capture.device_info = name, device_info
+    capture = _run_passes(call, _ambient_device(), repeat, num_warmup, should_time, known, has_extra_passes=False)
     telemetry = build_telemetry(capture)
     telemetry.value = values[0]
     return telemetry
@@ -122,8 +127,9 @@ def _run_passes(
     repeat: int,
     num_warmup: int,
     should_time: bool,
+    known: _Known,
     *,
-    has_shape_pass: bool,
+    has_extra_passes: bool,
 ) -> Capture:
     if is_profiler_active():
         raise CaptureError(
@@ -134,19 +140,33 @@ def _run_passes(
     for _ in range(num_warmup):
         call()
     synchronize(device)
-    shape_session = None
-    if has_shape_pass:
-        # It also pays for what a process's first profile sets up, which the measured one then does not.
-        with ProfilerSession(has_device=has_device, has_shapes=True) as shape_session:
-            call()
-            synchronize(device)
     plain_ms = [_timed_ms(call, device) for _ in range(repeat)] if should_time else []
-    session = ProfilerSession(has_device=has_device)
+    markers = ModuleMarkers()
+    shape_session = memory_session = None
+    if has_extra_passes:
+        # They also pay for what a process's first profile sets up, which the measured one then does not.
+        shape_session = ProfilerSession(has_device=has_device, has_shapes=True, markers=markers)
+        memory_session = ProfilerSession(has_device=has_device, markers=markers, has_memory=True)
+        for session in (shape_session, memory_session):
+            with session:
+                call()
+                synchronize(device)
+    session = ProfilerSession(has_device=has_device, markers=markers, max_events=known.max_events)
     with session, Observer(device) as observer:
         for _ in range(repeat):
             call()
         synchronize(device)
-    return Capture(observer.observation, session, shape_session, num_calls=repeat, plain_ms=plain_ms)
+    return Capture(
+        observer.observation,
+        session,
+        shape_session,
+        memory_session,
+        num_calls=repeat,
+        plain_ms=plain_ms,
+        name=known.name,
+        device_info=known.device_info,
+        reference=known.reference,
+    )
 
 
 def _timed_ms(call: Callable[[], Any], device: torch.device) -> float:
@@ -172,20 +192,35 @@ class CaptureBlock:
 
     Attributes:
         value: for the caller to set, kept in the telemetry.
-        telemetry: complete after the block, also when the body raised; None only when an interrupt cut it short.
+        num_calls: for the caller to set, when the body repeats its work: times are of one call.
+        telemetry: complete after the block, also when the body raised or was interrupted.
     """
 
-    def __init__(self, *, name: str | None, workload: str | None, device_info: DeviceInfo | None) -> None:
+    def __init__(
+        self,
+        known: _Known,
+        *,
+        workload: str | None,
+        has_memory: bool,
+        on_progress: Callable[[str], None] | None,
+    ) -> None:
         self.value: Any = None
+        self.num_calls = 1
         self.telemetry: Telemetry | None = None
-        self._name, self._workload, self._device_info = name, workload, device_info
+        self._known, self._workload, self._on_progress = known, workload, on_progress
+        self._has_memory = has_memory
         self._notes: list[str] = []
         self._session: ProfilerSession | None = None
         self._observer = Observer(_ambient_device())
+        self._ended_s = 0.0
 
     def __enter__(self) -> Self:
         try:
-            session = ProfilerSession(has_device=torch.cuda.is_available())
+            session = ProfilerSession(
+                has_device=torch.cuda.is_available(),
+                max_events=self._known.max_events,
+                has_memory=self._has_memory,
+            )
             session.__enter__()
             self._session = session
         except CaptureError as error:
@@ -197,10 +232,10 @@ class CaptureBlock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended_s = time.process_time()
         try:
             self._stop(kind, error, trace)
-            if kind is None or issubclass(kind, Exception):
-                self._build(error)
+            self._build(error)
         except Exception:
             # A failure of ours must not hide the body's: it is the body's that the user has to see.
             if error is None:
@@ -218,14 +253,21 @@ class CaptureBlock:
                     self._notes.append(f"No events: {problem.message}")
 
     def _build(self, error: BaseException | None) -> None:
-        if error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            self._notes.append("The code was interrupted; these are the events up to there.")
+        elif error is not None:
             self._notes.append(f"The code raised {type(error).__name__}; these are the events up to there.")
         capture = Capture(
             self._observer.observation,
             self._session,
-            name=self._name,
+            memory_session=self._session if self._has_memory else None,
+            num_calls=max(1, self.num_calls),
+            name=self._known.name,
             workload=self._workload,
-            device_info=self._device_info,
+            device_info=self._known.device_info,
+            reference=self._known.reference,
+            on_progress=self._on_progress,
+            ended_s=self._ended_s,
             notes=self._notes,
         )
         self._session = None
@@ -234,7 +276,14 @@ class CaptureBlock:
 
 
 def capture_block(
-    *, name: str | None = None, workload: str | None = None, device_info: DeviceInfo | None = None
+    *,
+    name: str | None = None,
+    workload: str | None = None,
+    device_info: DeviceInfo | None = None,
+    max_events: int = MAX_EVENTS,
+    has_memory: bool = False,
+    reference: Telemetry | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> CaptureBlock:
     """Return a context manager that profiles its body exactly once.
 
@@ -242,14 +291,24 @@ def capture_block(
         name: what the record calls it.
         workload: what the code is an example of, for the record.
         device_info: of the device, where the caller has it already.
+        max_events: events kept, the earliest ones; past them the rest of a long body runs unprofiled.
+        has_memory: whether to record every allocation too, which costs about as much again as the profile itself.
+        reference: a profile of the same kernels, as for `profile`.
+        on_progress: told in short lines what is done after the body, from this thread.
 
     Returns:
         The block; its `telemetry` is there after the `with`. Where another torch profiler is running the body runs
         unprofiled, and the telemetry's notes say so.
+
+    Raises:
+        UsageError: `max_events` is below 1.
 
     Example:
         with capture_block(name="step") as block:
             block.value = model(inputs)
         print(block.telemetry.bottleneck)
     """
-    return CaptureBlock(name=name, workload=workload, device_info=device_info)
+    if max_events < 1:
+        raise UsageError(f"max_events must be at least 1, got {max_events}.")
+    known = _Known(name, device_info, max_events, reference.attribution if reference is not None else None)
+    return CaptureBlock(known, workload=workload, has_memory=has_memory, on_progress=on_progress)

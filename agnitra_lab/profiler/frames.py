@@ -7,56 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agnitra_lab.contracts import Contract, GpuSample, GraphNode, KernelEvent, MemoryTelemetry, OpEvent
-from agnitra_lab.profiler.attribution import Attribution
+from agnitra_lab.contracts import Contract, GpuSample, KernelEvent, NodeEvent, OpEvent
 from agnitra_lab.profiler.event_table import Kind
+from agnitra_lab.profiler.memory import MEMORY_COLUMNS
+from agnitra_lab.profiler.places import METHODS, OWNERS, Attribution
 
 if TYPE_CHECKING:
     import pandas as pd
 
 OP_COLUMNS = tuple(OpEvent.model_fields)
 KERNEL_COLUMNS = tuple(KernelEvent.model_fields)
+NODE_COLUMNS = tuple(NodeEvent.model_fields)
 GPU_COLUMNS = tuple(GpuSample.model_fields)
-MEMORY_COLUMNS = ("quantity", "bytes")
 MODULE_COLUMNS = ("module_path", "latency_ms", "cpu_ms", "device_ms", "share", "num_calls", "num_nodes")
-NODE_COLUMNS = ("node", "op", "module_path", "source", "latency_ms", "cpu_ms", "device_ms", "share", "num_calls",
-                "shape", "dtype", "flops", "bytes_moved", "tflop_per_s", "gb_per_s")  # fmt: skip
-EVENT_COLUMNS = ("name", "kind", "thread", "start_ns", "duration_ns", "self_ns", "correlation", "linked", "sequence",
-                 "method", "module_path", "node")  # fmt: skip
+EVENT_COLUMNS = ("name", "kind", "thread", "start_ns", "duration_ns", "correlation", "linked", "sequence",
+                 "owner", "method", "module_path", "node")  # fmt: skip
+
+__all__ = ["EVENT_COLUMNS", "GPU_COLUMNS", "KERNEL_COLUMNS", "MEMORY_COLUMNS", "MODULE_COLUMNS", "NODE_COLUMNS",
+           "OP_COLUMNS", "contract_frame", "event_frame", "module_frame", "write_events"]  # fmt: skip
 
 
 def contract_frame(rows: Sequence[Contract], columns: Sequence[str]) -> pd.DataFrame:
     """Return contracts as a frame, one row each, with `columns` even when there are no rows."""
     import pandas as pd
 
-    return pd.DataFrame([{name: getattr(row, name) for name in columns} for row in rows], columns=list(columns))
-
-
-def node_frame(ops: Sequence[OpEvent], nodes: Sequence[tuple[str, GraphNode]]) -> pd.DataFrame:
-    """Return one row per graph node in graph order: its time, its cost by shapes, and the rates that follow.
-
-    Args:
-        ops: the full op table.
-        nodes: (printed name, node) of every captured graph.
-    """
-    import pandas as pd
-
-    spent: dict[str, list[OpEvent]] = {}
-    for row in ops:
-        if row.node is not None:
-            spent.setdefault(row.node, []).append(row)
-    rows = []
-    for printed, node in nodes:
-        mine = spent.get(printed, [])
-        latency_ms = sum(row.latency_ms for row in mine)
-        rows.append(
-            (
-                printed, node.op, node.module_path, node.source, latency_ms, *_sums(mine),
-                _num_calls(node, mine), node.shape, node.dtype, node.flops, node.bytes_moved,
-                _rate(node.flops, latency_ms, 1e9), _rate(node.bytes_moved, latency_ms, 1e6),
-            )
-        )  # fmt: skip
-    return pd.DataFrame(rows, columns=list(NODE_COLUMNS))
+    return pd.DataFrame({name: [getattr(row, name) for row in rows] for name in columns}, columns=list(columns))
 
 
 def module_frame(ops: Sequence[OpEvent]) -> pd.DataFrame:
@@ -68,57 +43,81 @@ def module_frame(ops: Sequence[OpEvent]) -> pd.DataFrame:
         groups.setdefault(row.module_path, []).append(row)
     rows = []
     for path, mine in groups.items():
+        device = [row.device_ms for row in mine if row.device_ms is not None]
         num_nodes = len({row.node for row in mine if row.node is not None})
-        latency_ms = sum(row.latency_ms for row in mine)
-        rows.append((path, latency_ms, *_sums(mine), sum(row.num_calls for row in mine), num_nodes))
+        rows.append(
+            (
+                path, sum(row.latency_ms for row in mine), sum(row.cpu_ms for row in mine),
+                sum(device) if device else None, sum(row.share for row in mine),
+                sum(row.num_calls for row in mine), num_nodes,
+            )
+        )  # fmt: skip
     rows.sort(key=lambda entry: -entry[1])
     return pd.DataFrame(rows, columns=list(MODULE_COLUMNS))
 
 
-def memory_frame(memory: MemoryTelemetry | None) -> pd.DataFrame:
-    """Return memory quantities as rows; a quantity that is not known is missing, never 0."""
-    import pandas as pd
-
-    known = memory.model_dump(exclude={"source"}, exclude_none=True) if memory is not None else {}
-    rows = [(name.removesuffix("_bytes"), value) for name, value in known.items()]
-    return pd.DataFrame(rows, columns=list(MEMORY_COLUMNS))
-
-
 def event_frame(attribution: Attribution | None) -> pd.DataFrame:
-    """Return every event of the profile with its place: what `events.parquet` holds."""
+    """Return every event of the profile with its place, in time order: what `events.parquet` holds."""
     import pandas as pd
 
     if attribution is None:
         return pd.DataFrame(columns=list(EVENT_COLUMNS))
-    table, nesting, places = attribution.table, attribution.nesting, attribution.places
-    kinds = np.array([kind.name.lower() for kind in Kind])
-    columns: dict[str, Any] = {
-        "name": pd.Categorical(table.name),
-        "kind": pd.Categorical(kinds[table.kind]),
-        "thread": table.thread,
-        "start_ns": table.start_ns - (int(table.start_ns.min()) if len(table) else 0),
-        "duration_ns": table.duration_ns,
-        "self_ns": nesting.self_ns,
-        "correlation": table.correlation,
-        "linked": table.linked,
-        "sequence": table.sequence,
-        "method": pd.Categorical([place.method for place in places]),
-        "module_path": pd.Categorical([place.module_path for place in places]),
-        "node": pd.Categorical([place.node for place in places]),
-    }
-    return pd.DataFrame(columns)
+    table, places = attribution.table, attribution.places
+    order = np.argsort(table.start_ns, kind="stable")
+    kinds = [kind.name.lower() for kind in Kind]
+    origin_ns = int(table.start_ns.min()) if len(table) else 0
+
+    def category(codes: Any, names: Sequence[str]) -> Any:
+        distinct = dict.fromkeys(names)
+        if len(distinct) == len(names):
+            return pd.Categorical.from_codes(codes[order], categories=pd.Index(list(names), dtype=object))
+        index = {name: place for place, name in enumerate(distinct)}
+        renumbered = np.array([*(index[name] for name in names), -1], np.int32)
+        return pd.Categorical.from_codes(renumbered[codes[order]], categories=pd.Index(list(distinct), dtype=object))
+
+    return pd.DataFrame(
+        {
+            "name": category(table.name, table.names),
+            "kind": category(table.kind, kinds),
+            "thread": table.thread[order],
+            "start_ns": table.start_ns[order] - origin_ns,
+            "duration_ns": table.duration_ns[order],
+            "correlation": table.correlation[order],
+            "linked": table.linked[order],
+            "sequence": table.sequence[order],
+            "owner": category(places.owner, OWNERS),
+            "method": category(places.method, METHODS),
+            "module_path": category(places.path, places.paths),
+            "node": category(places.label, [label.text for label in places.labels]),
+        }
+    )
 
 
-def _num_calls(node: GraphNode, rows: Sequence[OpEvent]) -> int:
-    # The node's own op tells how often it ran; the ops inside it may run more often.
-    own = [row.num_calls for row in rows if row.op == node.op]
-    return max(own or [row.num_calls for row in rows], default=0)
+def write_events(events: pd.DataFrame, path: Any) -> None:
+    """Write an event frame as Parquet: numbers as differences, names as dictionaries, 12 bytes an event or less.
+
+    Args:
+        events: from `event_frame`.
+        path: the file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pandas(events, preserve_index=False)
+    names = [name for name in EVENT_COLUMNS if isinstance(events[name].dtype, _category_type())]
+    numbers = [name for name in EVENT_COLUMNS if name not in names]
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        compression_level=9,
+        use_dictionary=names,
+        column_encoding=dict.fromkeys(numbers, "DELTA_BINARY_PACKED"),
+        row_group_size=1 << 20,
+    )
 
 
-def _sums(rows: Sequence[OpEvent]) -> tuple[float, float | None, float]:
-    device = [row.device_ms for row in rows if row.device_ms is not None]
-    return sum(row.cpu_ms for row in rows), sum(device) if device else None, sum(row.share for row in rows)
+def _category_type() -> Any:
+    import pandas as pd
 
-
-def _rate(amount: float | None, latency_ms: float, scale: float) -> float | None:
-    return amount / (latency_ms * scale) if amount and latency_ms > 0 else None
+    return pd.CategoricalDtype

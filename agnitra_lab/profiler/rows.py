@@ -1,27 +1,38 @@
-"""Sum attributed events into the rows of the op and kernel tables; the rows sum to the total."""
+"""Sum attributed events into the rows of the op, kernel and node tables; the rows of each sum to the total."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from agnitra_lab.contracts import Bottleneck, KernelEvent, OpEvent
-from agnitra_lab.profiler.attribution import Attribution, Method, Place
-from agnitra_lab.profiler.event_table import Kind
+from agnitra_lab.contracts import Bottleneck, KernelEvent, OpEvent, OwnerShares
+from agnitra_lab.profiler.event_table import Int64, Kind
+from agnitra_lab.profiler.places import METHODS, OWNERS, Attribution, Label
 
-RowKey = tuple[str, tuple[Method, int, str | None, str | None]]
-NodeLabel = Callable[[Place], str | None]
+RowKey = tuple[str, str | None, str | None]
+"""Op, module path and printed node of a row."""
 
 
-@dataclass
-class _Sum:
+@dataclass(frozen=True)
+class Sum:
+    """What one group of events has in common, and what it took in all profiled calls.
+
+    Attributes:
+        row: one event of the group, for its place.
+        op: op or, for a kernel without one, the kernel.
+        cpu_ns, device_ns: self time of ops, and of the kernels that they launched.
+        num_calls: of the op.
+    """
+
+    row: int
     op: str
-    place: Place
-    cpu_ns: int = 0
-    device_ns: int = 0
-    num_calls: int = 0
+    cpu_ns: int
+    device_ns: int
+    num_calls: int
 
 
 @dataclass(frozen=True)
@@ -32,24 +43,28 @@ class OpTables:
         ops: one row per op at a node (or in a module).
         kernels: one row per GPU kernel, launching op and node.
         total_self_ms: what the rows of `ops` sum to; of one call of the target.
-        attributed_share: of it, what is tied to graph nodes.
+        owners: shares of it by owner, None when nothing ran.
         bottleneck: the largest row, None when nothing ran.
+        sums: what the rows of `ops` come from, in the same order.
     """
 
     ops: tuple[OpEvent, ...]
     kernels: tuple[KernelEvent, ...]
     total_self_ms: float
-    attributed_share: float | None
+    owners: OwnerShares | None
     bottleneck: Bottleneck | None
+    sums: tuple[Sum, ...]
 
 
 def first_shapes(attribution: Attribution) -> dict[RowKey, tuple[int, ...]]:
     """Return the first recorded input shape of every row of a profile that recorded shapes."""
+    table, places = attribution.table, attribution.places
     shapes: dict[RowKey, tuple[int, ...]] = {}
-    table = attribution.table
     for row in np.flatnonzero(table.kind == Kind.OP).tolist():
-        if table.shape[row]:
-            shapes.setdefault((table.name[row], attribution.places[row].key), table.shape[row])
+        shape = next((shape for shape in table.shapes[row] if shape), ())
+        if shape:
+            key = table.name_of(row), places.module_path(row), places.node_name(row)
+            shapes.setdefault(key, shape)
     return shapes
 
 
@@ -59,7 +74,6 @@ def sum_rows(
     has_device: bool,
     num_calls: int,
     shapes: Mapping[RowKey, tuple[int, ...]] | None = None,
-    label: NodeLabel | None = None,
 ) -> OpTables:
     """Sum the events of a profile.
 
@@ -68,82 +82,154 @@ def sum_rows(
         has_device: whether latency is the time of the kernels (else CPU self time).
         num_calls: how many calls of the target the events stand for; times and counts are per call.
         shapes: a row's shape, from `first_shapes`; without one a row has its node's output shape.
-        label: place -> node name to print; the node's own name when left out.
 
     Returns:
         The tables.
     """
-    name_node = label or (lambda place: place.node)
-    entries = sorted(_sum_ops(attribution), key=lambda entry: -_latency_ns(entry, has_device))
-    total_ns = sum(_latency_ns(entry, has_device) for entry in entries)
-    rows = [
-        OpEvent(
-            op=entry.op,
-            latency_ms=_latency_ns(entry, has_device) / num_calls / 1e6,
-            cpu_ms=entry.cpu_ns / num_calls / 1e6,
-            device_ms=entry.device_ns / num_calls / 1e6 if has_device else None,
-            num_calls=max(1, round(entry.num_calls / num_calls)),
-            share=_share(_latency_ns(entry, has_device), total_ns),
-            shape=_shape(entry, shapes),
-            node=name_node(entry.place),
-            module_path=entry.place.module_path,
-            method=entry.place.method,
+    places = attribution.places
+    sums = sorted(_sum_ops(attribution), key=lambda entry: -_latency_ns(entry, has_device))
+    total_ns = sum(_latency_ns(entry, has_device) for entry in sums)
+    rows = []
+    for entry in sums:
+        latency_ns = _latency_ns(entry, has_device)
+        label = _label(attribution, entry.row)
+        key = entry.op, places.module_path(entry.row), places.node_name(entry.row)
+        owner, method = int(places.owner[entry.row]), int(places.method[entry.row])
+        rows.append(
+            OpEvent(
+                op=entry.op,
+                latency_ms=latency_ns / num_calls / 1e6,
+                cpu_ms=entry.cpu_ns / num_calls / 1e6,
+                device_ms=entry.device_ns / num_calls / 1e6 if has_device else None,
+                num_calls=max(1, round(entry.num_calls / num_calls)),
+                share=_share(latency_ns, total_ns),
+                shape=shapes.get(key, ()) if shapes is not None else _node_shape(label),
+                node=key[2],
+                module_path=key[1],
+                owner=OWNERS[owner] if owner >= 0 else None,  # type: ignore[arg-type]
+                method=METHODS[method] if method >= 0 else None,  # type: ignore[arg-type]
+                confidence=float(places.confidence[entry.row]) if owner >= 0 else None,
+            )
         )
-        for entry in entries
-    ]
-    tied_ns = sum(_latency_ns(entry, has_device) for entry in entries if entry.place.method == "fx_node")
     return OpTables(
         ops=tuple(rows),
-        kernels=_sum_kernels(attribution, num_calls, name_node),
+        kernels=_sum_kernels(attribution, num_calls),
         total_self_ms=total_ns / num_calls / 1e6,
-        attributed_share=_share(tied_ns, total_ns) if total_ns else None,
-        bottleneck=_bottleneck(rows[0], entries[0].place) if rows and total_ns else None,
+        owners=_owner_shares(attribution, sums, has_device, total_ns) if total_ns else None,
+        bottleneck=_bottleneck(rows[0], _label(attribution, sums[0].row)) if rows and total_ns else None,
+        sums=tuple(sums),
     )
 
 
-def _sum_ops(attribution: Attribution) -> list[_Sum]:
+def _sum_ops(attribution: Attribution) -> list[Sum]:
     table, nesting, places = attribution.table, attribution.nesting, attribution.places
-    sums: dict[RowKey, _Sum] = {}
+    is_op = (table.kind == Kind.OP) & ~nesting.is_own
+    is_kernel = (table.kind == Kind.KERNEL) & ~nesting.is_own
+    # A kernel without a launching op (a Triton kernel under a marker, an unknown replay) is a row of its own.
+    launcher = np.maximum(nesting.launcher, 0)
+    is_replayed = _is_replayed(attribution)
+    has_op = is_kernel & (nesting.launcher >= 0) & is_op[launcher] & ~is_replayed
+    names = [*table.names, *(_label_op(label) for label in places.labels)]
+    op_name = np.where(has_op, table.name[launcher], table.name).astype(np.int64)
+    # What a replay runs was launched when its graph was captured: the node's own op says by what.
+    known = is_kernel & is_replayed & (places.label >= 0)
+    op_name[known] = len(table.names) + places.label[known]
+    rows = np.flatnonzero(is_op | is_kernel)
+    group, first = places.groups(np.where(is_op | is_kernel, op_name, -1))
+    size = len(first)
+    cpu_ns = _total(group, np.where(is_op, nesting.self_ns, 0), size)
+    device_ns = _total(group, np.where(is_kernel, table.duration_ns, 0), size)
+    num_calls = np.bincount(group[is_op | (is_kernel & ~has_op)], minlength=size)
+    wanted = np.unique(group[rows])
+    return [
+        Sum(int(first[g]), names[op_name[first[g]]], int(cpu_ns[g]), int(device_ns[g]), int(num_calls[g]))
+        for g in wanted.tolist()
+    ]
 
-    def entry_of(op: str, place: Place) -> _Sum:
-        return sums.setdefault((op, place.key), _Sum(op, place))
 
-    for row in np.flatnonzero(table.kind == Kind.OP).tolist():
-        entry = entry_of(table.name[row], places[row])
-        entry.cpu_ns += int(nesting.self_ns[row])
-        entry.num_calls += 1
-    for row in np.flatnonzero(table.kind == Kind.KERNEL).tolist():
-        launcher = int(nesting.launcher[row])
-        is_op = launcher >= 0 and table.kind[launcher] == Kind.OP
-        # A kernel without a launching op (a Triton kernel under a marker, a replayed graph) is a row of its own.
-        entry = entry_of(table.name[launcher if is_op else row], places[row])
-        entry.device_ns += int(table.duration_ns[row])
-        entry.num_calls += 0 if is_op else 1
-    return list(sums.values())
+def _label_op(label: Label) -> str:
+    return label.op or (label.nodes[-1].op if label.nodes else label.text)
 
 
-def _sum_kernels(attribution: Attribution, num_calls: int, name_node: NodeLabel) -> tuple[KernelEvent, ...]:
+def _is_replayed(attribution: Attribution) -> NDArray[np.bool_]:
+    """Return which kernels a CUDA graph launched: what is around the launch is not the op that they belong to."""
+    table, launch = attribution.table, attribution.nesting.launch
+    is_graph = table.named("cudaGraphLaunch", "cuGraphLaunch")
+    return (launch >= 0) & is_graph[np.maximum(launch, 0)]
+
+
+def _total(group: Int64, values: NDArray[Any], size: int) -> Int64:
+    # Sums below 2**53 ns (104 days) are exact in the float64 of bincount.
+    return np.bincount(group, weights=values, minlength=size).astype(np.int64)
+
+
+def _sum_kernels(attribution: Attribution, num_calls: int) -> tuple[KernelEvent, ...]:
     table, nesting, places = attribution.table, attribution.nesting, attribution.places
-    sums: dict[tuple[str, str | None, str | None], list[int]] = {}
-    for row in np.flatnonzero(table.kind == Kind.KERNEL).tolist():
-        launcher = int(nesting.launcher[row])
-        op = table.name[launcher] if launcher >= 0 and table.kind[launcher] == Kind.OP else None
-        spent = sums.setdefault((table.name[row], op, name_node(places[row])), [0, 0])
-        spent[0] += int(table.duration_ns[row])
-        spent[1] += 1
+    kernels = np.flatnonzero((table.kind == Kind.KERNEL) & ~nesting.is_own)
+    if not len(kernels):
+        return ()
+    launcher = nesting.launcher
+    is_replayed = _is_replayed(attribution)
+    is_op = (launcher >= 0) & (table.kind[np.maximum(launcher, 0)] == Kind.OP) & ~is_replayed
+    op_name = np.where(is_op, table.name[np.maximum(launcher, 0)], -1).astype(np.int64)
+    known = is_replayed & (places.label >= 0)
+    op_name[known] = len(table.names) + places.label[known]
+    group, first = places.groups(table.name, op_name, table.kind)
+    device_ns = _total(group[kernels], table.duration_ns[kernels], len(first))
+    launches = np.bincount(group[kernels], minlength=len(first))
+    order = sorted(np.unique(group[kernels]).tolist(), key=lambda g: -int(device_ns[g]))
     return tuple(
-        KernelEvent(
-            kernel=kernel,
-            device_ms=device_ns / num_calls / 1e6,
-            num_launches=max(1, round(num_launches / num_calls)),
-            op=op,
-            node=node,
+        _kernel_event(
+            attribution, int(first[g]), int(op_name[first[g]]), int(device_ns[g]), int(launches[g]), num_calls
         )
-        for (kernel, op, node), (device_ns, num_launches) in sorted(sums.items(), key=lambda pair: -pair[1][0])
+        for g in order
     )
 
 
-def _latency_ns(entry: _Sum, has_device: bool) -> int:
+def _kernel_event(
+    attribution: Attribution, row: int, op_name: int, device_ns: int, num_launches: int, num_calls: int
+) -> KernelEvent:
+    table, places = attribution.table, attribution.places
+    owner, method = int(places.owner[row]), int(places.method[row])
+    return KernelEvent(
+        kernel=table.name_of(row),
+        device_ms=device_ns / num_calls / 1e6,
+        num_launches=max(1, round(num_launches / num_calls)),
+        op=_op_name(attribution, op_name),
+        node=places.node_name(row),
+        module_path=places.module_path(row),
+        owner=OWNERS[owner] if owner >= 0 else None,  # type: ignore[arg-type]
+        method=METHODS[method] if method >= 0 else None,  # type: ignore[arg-type]
+        confidence=float(places.confidence[row]) if owner >= 0 else None,
+    )
+
+
+def _op_name(attribution: Attribution, index: int) -> str | None:
+    if index < 0:
+        return None
+    names = attribution.table.names
+    return names[index] if index < len(names) else _label_op(attribution.places.labels[index - len(names)])
+
+
+def _owner_shares(attribution: Attribution, sums: Sequence[Sum], has_device: bool, total_ns: int) -> OwnerShares:
+    places = attribution.places
+    spent = dict.fromkeys(range(-1, len(OWNERS)), 0)
+    exact_ns = 0
+    for entry in sums:
+        owner = int(places.owner[entry.row])
+        spent[owner] += _latency_ns(entry, has_device)
+        if owner == 0 and places.label[entry.row] >= 0:
+            exact_ns += _latency_ns(entry, has_device)
+    shares = {name: _share(spent[index], total_ns) for index, name in enumerate(OWNERS)}
+    return OwnerShares(**shares, residual=_share(spent[-1], total_ns), exact_node=_share(exact_ns, total_ns))
+
+
+def _label(attribution: Attribution, row: int) -> Label | None:
+    label = int(attribution.places.label[row])
+    return attribution.places.labels[label] if label >= 0 else None
+
+
+def _latency_ns(entry: Sum, has_device: bool) -> int:
     return entry.device_ns if has_device else entry.cpu_ns
 
 
@@ -151,22 +237,20 @@ def _share(part_ns: int, total_ns: int) -> float:
     return min(1.0, part_ns / total_ns) if total_ns else 0.0
 
 
-def _shape(entry: _Sum, shapes: Mapping[RowKey, tuple[int, ...]] | None) -> tuple[int, ...]:
-    if shapes is not None:
-        return shapes.get((entry.op, entry.place.key), ())
-    return entry.place.match.node.shape if entry.place.match else ()
+def _node_shape(label: Label | None) -> tuple[int, ...]:
+    return label.nodes[-1].shape if label is not None and label.nodes else ()
 
 
-def _bottleneck(row: OpEvent, place: Place) -> Bottleneck:
-    match = place.match
+def _bottleneck(row: OpEvent, label: Label | None) -> Bottleneck:
+    source = next((node.source for node in label.nodes if node.source), None) if label is not None else None
     return Bottleneck(
         op=row.op,
         latency_ms=row.latency_ms,
         shape=row.shape,
         node=row.node,
         module_path=row.module_path,
-        source=match.node.source if match else None,
+        source=source,
         share=row.share,
         num_calls=row.num_calls,
-        confidence=match.confidence if match else None,
+        confidence=row.confidence,
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agnitra_lab.profiler.event_table import EventTable, Int64, Kind
-from agnitra_lab.profiler.markers import MARKER_PREFIX
+from agnitra_lab.profiler.markers import GRADIENT_PREFIX, MARKER_PREFIX, OWN_RANGE
 
 
 @dataclass
@@ -15,20 +17,30 @@ class Nesting:
     """Where each event of an `EventTable` stands; -1 means none.
 
     Attributes:
-        self_ns: CPU time of an op or marker that no op or marker inside it has; 0 for other kinds.
-        module: index of the innermost module marker (the number in its name).
-        module_event: row of that marker.
+        parent: row of the innermost op, marker or annotation around an event; only for these three kinds.
+        self_ns: CPU time of an op, marker or annotation that none inside it has; 0 for other kinds.
+        module: marker index of the innermost module marker.
         root_event: row of the outermost module marker.
-        top_op: row of the outermost op inside the innermost module marker; of an op that is its own, its own row.
+        top_op: row of the outermost op inside the innermost marker or annotation; of an op that is its own, its own.
+        annotation: row of the innermost annotation.
+        gradient: index of the gradient marker around an event or directly inside it.
+        is_own: whether an event lies in a range of the profiler's own work.
+        levels: rows of CPU events by depth, outermost first.
         launcher: for a kernel, the row of the op or marker that launched it; else the row itself.
+        launch: for a kernel, the row of the runtime call that launched it.
     """
 
+    parent: Int64
     self_ns: Int64
     module: Int64
-    module_event: Int64
     root_event: Int64
     top_op: Int64
+    annotation: Int64
+    gradient: Int64
+    is_own: NDArray[np.bool_]
     launcher: Int64
+    launch: Int64
+    levels: list[Int64]
 
 
 def sweep(table: EventTable) -> Nesting:
@@ -38,88 +50,138 @@ def sweep(table: EventTable) -> Nesting:
         table: events of one profile.
 
     Returns:
-        The nesting; the self times of all ops and markers of a thread sum to the time that its outermost ones cover.
+        The nesting; the self times of all ops, markers and annotations of a thread sum to the time that its outermost
+        ones cover.
 
     Source: kernels link by correlation id as torch.autograd.profiler does. Ids of ops and of runtime calls share
         numbers, so only ops and markers are looked up (seen on an H200: the first kernel matched a buffer request).
     """
-    nesting = _nothing(table)
-    host = np.flatnonzero((table.kind == Kind.OP) | (table.kind == Kind.MARKER))
+    size = len(table)
+    host = np.flatnonzero(table.kind <= Kind.ANNOTATION)
     order = host[np.lexsort((-table.end_ns[host], table.start_ns[host], table.thread[host]))]
-    _sweep_threads(table, order.tolist(), nesting)
-    _link_kernels(table, host, nesting)
+    parent_place, depth = _nest(table, order)
+    nesting = Nesting(
+        parent=_none(size),
+        self_ns=np.zeros(size, np.int64),
+        module=_none(size),
+        root_event=_none(size),
+        top_op=_none(size),
+        annotation=_none(size),
+        gradient=_none(size),
+        is_own=np.zeros(size, np.bool_),
+        launcher=np.arange(size, dtype=np.int64),
+        launch=_none(size),
+        levels=_levels(order, depth),
+    )
+    has_parent = parent_place >= 0
+    nesting.parent[order[has_parent]] = order[parent_place[has_parent]]
+    inside = np.bincount(parent_place[has_parent], weights=table.duration_ns[order[has_parent]], minlength=len(order))
+    nesting.self_ns[order] = table.duration_ns[order] - inside.astype(np.int64)
+    _inherit(table, nesting)
+    _link_kernels(table, nesting)
     return nesting
 
 
-def _nothing(table: EventTable) -> Nesting:
-    size = len(table)
-
-    def none() -> Int64:
-        return np.full(size, -1, dtype=np.int64)
-
-    return Nesting(
-        self_ns=np.zeros(size, dtype=np.int64),
-        module=none(),
-        module_event=none(),
-        root_event=none(),
-        top_op=none(),
-        launcher=np.arange(size, dtype=np.int64),
-    )
+def _none(size: int) -> Int64:
+    return np.full(size, -1, dtype=np.int64)
 
 
-def _sweep_threads(table: EventTable, order: list[int], nesting: Nesting) -> None:
-    ends, durations = table.end_ns.tolist(), table.duration_ns.tolist()
-    threads, names = table.thread.tolist(), table.name
-    is_marker = (table.kind == Kind.MARKER).tolist()
-    self_ns = list(durations)
-    module, module_event = nesting.module.tolist(), nesting.module_event.tolist()
-    root_event, top_op = nesting.root_event.tolist(), nesting.top_op.tolist()
+def _nest(table: EventTable, order: Int64) -> tuple[Int64, Int64]:
+    """Return, by place in `order`, the place of the event around each (-1 for none) and how deep it lies."""
+    ends, threads = table.end_ns[order].tolist(), table.thread[order]
+    starts_thread = np.ones(len(order), np.bool_)
+    starts_thread[1:] = threads[1:] != threads[:-1]
+    boundaries = set(np.flatnonzero(starts_thread).tolist())
+    parents, depths = [0] * len(ends), [0] * len(ends)
     stack: list[int] = []
-    thread = None
-    for row in order:
-        if threads[row] != thread:
-            thread = threads[row]
-            stack.clear()
-        while stack and ends[stack[-1]] < ends[row]:
+    open_ends: list[int] = []
+    for place, end in enumerate(ends):
+        if place in boundaries:
+            stack, open_ends = [], []
+        while open_ends and open_ends[-1] < end:
+            open_ends.pop()
             stack.pop()
-        parent = stack[-1] if stack else -1
-        if parent >= 0:
-            self_ns[parent] -= durations[row]
-            module[row], module_event[row] = module[parent], module_event[parent]
-            root_event[row] = root_event[parent]
-        if is_marker[row]:
-            module[row], module_event[row] = int(names[row][len(MARKER_PREFIX) :]), row
-            if root_event[row] < 0:
-                root_event[row] = row
-        else:
-            top_op[row] = row if parent < 0 or is_marker[parent] else top_op[parent]
-        stack.append(row)
-    nesting.self_ns[order] = np.array(self_ns, dtype=np.int64)[order]
-    nesting.module[:], nesting.module_event[:] = module, module_event
-    nesting.root_event[:], nesting.top_op[:] = root_event, top_op
+        parents[place] = stack[-1] if stack else -1
+        depths[place] = len(stack)
+        stack.append(place)
+        open_ends.append(end)
+    return np.array(parents, np.int64), np.array(depths, np.int64)
 
 
-def _link_kernels(table: EventTable, host: Int64, nesting: Nesting) -> None:
-    row_of = {int(table.correlation[row]): int(row) for row in host if table.correlation[row] > 0}
-    for row in np.flatnonzero(table.kind == Kind.KERNEL):
-        launcher = row_of.get(int(table.linked[row]), -1)
-        nesting.launcher[row] = launcher
-        if launcher >= 0:
-            nesting.module[row] = nesting.module[launcher]
-            nesting.module_event[row] = nesting.module_event[launcher]
-            nesting.root_event[row] = nesting.root_event[launcher]
-            nesting.top_op[row] = nesting.top_op[launcher]
+def _levels(order: Int64, depth: Int64) -> list[Int64]:
+    bounds: Any = np.cumsum(np.bincount(depth))[:-1] if len(depth) else []
+    return np.split(order[np.argsort(depth, kind="stable")], bounds)
 
 
-def busy_ns(table: EventTable) -> int:
-    """Return the time in which at least one kernel ran: the union of the kernels' intervals, in nanoseconds."""
-    kernels = table.kind == Kind.KERNEL
-    starts, ends = table.start_ns[kernels], table.end_ns[kernels]
-    if not len(starts):
-        return 0
-    order = np.argsort(starts, kind="stable")
-    starts, ends = starts[order], ends[order]
-    # A gap opens where a kernel starts after everything before it has ended.
-    reached = np.maximum.accumulate(ends)
-    gaps = np.maximum(starts[1:] - reached[:-1], 0)
-    return int(reached[-1] - starts[0] - gaps.sum())
+def _inherit(table: EventTable, nesting: Nesting) -> None:
+    """Hand down, level by level, what an event takes from the one around it."""
+    module_of, gradient_of, own_id = _marker_ids(table)
+    is_op = table.kind == Kind.OP
+    _mark_accumulations(table, nesting, gradient_of)
+    for rows in nesting.levels:
+        above = nesting.parent[rows]
+        known = above >= 0
+        for column in (nesting.module, nesting.root_event, nesting.annotation, nesting.is_own):
+            column[rows[known]] = column[above[known]]
+        is_unmarked = known & (nesting.gradient[rows] < 0)
+        nesting.gradient[rows[is_unmarked]] = nesting.gradient[above[is_unmarked]]
+        names = table.name[rows]
+        is_module = module_of[names] >= 0
+        nesting.module[rows[is_module]] = module_of[names[is_module]]
+        new_root = is_module & (nesting.root_event[rows] < 0)
+        nesting.root_event[rows[new_root]] = rows[new_root]
+        is_range = table.kind[rows] == Kind.ANNOTATION
+        nesting.annotation[rows[is_range]] = rows[is_range]
+        nesting.is_own[rows[names == own_id]] = True
+        op_above = known & is_op[above]
+        is_top = is_op[rows] & ~op_above
+        nesting.top_op[rows[is_top]] = rows[is_top]
+        nesting.top_op[rows[op_above]] = nesting.top_op[above[op_above]]
+
+
+def _mark_accumulations(table: EventTable, nesting: Nesting, gradient_of: Int64) -> None:
+    """Mark the op around each gradient marker: the hook that made it runs inside the op that accumulates."""
+    rows = np.flatnonzero((table.kind == Kind.MARKER) & (gradient_of[table.name] >= 0))
+    rows = rows[nesting.parent[rows] >= 0]
+    nesting.gradient[nesting.parent[rows]] = gradient_of[table.name[rows]]
+    # What the op did before the marker was left is the hook: ours, and not the program's time.
+    hook_ns = table.end_ns[rows] - table.start_ns[nesting.parent[rows]] - table.duration_ns[rows]
+    nesting.self_ns[nesting.parent[rows]] -= np.minimum(hook_ns, nesting.self_ns[nesting.parent[rows]])
+
+
+def _marker_ids(table: EventTable) -> tuple[Int64, Int64, int]:
+    module_of, gradient_of = _none(len(table.names)), _none(len(table.names))
+    own_id = -2
+    for place, name in enumerate(table.names):
+        if name.startswith(GRADIENT_PREFIX):
+            gradient_of[place] = int(name[len(GRADIENT_PREFIX) :])
+        elif name == OWN_RANGE:
+            own_id = place
+        elif name.startswith(MARKER_PREFIX) and name[len(MARKER_PREFIX) :].isdigit():
+            module_of[place] = int(name[len(MARKER_PREFIX) :])
+    return module_of, gradient_of, own_id
+
+
+def _link_kernels(table: EventTable, nesting: Nesting) -> None:
+    kernels = np.flatnonzero(table.kind == Kind.KERNEL)
+    if not len(kernels):
+        return
+    host = np.flatnonzero((table.kind == Kind.OP) | (table.kind == Kind.MARKER))
+    nesting.launcher[kernels] = _rows_of(table.correlation[host], host, table.linked[kernels])
+    calls = np.flatnonzero(table.kind == Kind.RUNTIME)
+    nesting.launch[kernels] = _rows_of(table.correlation[calls], calls, table.correlation[kernels])
+    launcher = nesting.launcher[kernels]
+    known = launcher >= 0
+    for column in (nesting.module, nesting.root_event, nesting.top_op, nesting.annotation, nesting.gradient):
+        column[kernels[known]] = column[launcher[known]]
+    nesting.is_own[kernels[known]] = nesting.is_own[launcher[known]]
+
+
+def _rows_of(ids: Int64, rows: Int64, wanted: Int64) -> Int64:
+    """Look up the last row of each wanted id; -1 where there is none, and for the id 0."""
+    if not len(ids):
+        return _none(len(wanted))
+    order = np.argsort(ids, kind="stable")
+    place = np.searchsorted(ids[order], wanted, side="right") - 1
+    found = order[np.maximum(place, 0)]
+    return np.where((place >= 0) & (ids[found] == wanted) & (wanted > 0), rows[found], -1)

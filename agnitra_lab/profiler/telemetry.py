@@ -9,10 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agnitra_lab.contracts import Bottleneck, GraphHandoff, GraphNode, KernelEvent, OpEvent, TelemetryRecord
+from agnitra_lab.contracts import (
+    Bottleneck,
+    GraphHandoff,
+    GraphNode,
+    KernelEvent,
+    NodeEvent,
+    OpEvent,
+    TelemetryRecord,
+)
 from agnitra_lab.errors import RunStoreError
 from agnitra_lab.profiler import frames
-from agnitra_lab.profiler.attribution import Attribution
+from agnitra_lab.profiler.places import Attribution
 from agnitra_lab.redact import redact
 
 if TYPE_CHECKING:
@@ -31,20 +39,24 @@ class Telemetry:
         value: what the profiled callable returned.
         all_ops: every row of the op table, largest first; they sum to `record.total_self_ms`.
         all_kernels: every row of the kernel table, largest first.
+        all_nodes: every row of the node table, in graph order; their times sum to `record.total_self_ms`.
         graph: the captured graph of the root module that took the most time, None when there is none.
         graph_nodes: (printed name, node) of every captured graph, in execution order.
         graph_capture_ms: what tracing the graphs took, after the profile.
         attribution: every event with its place, None when the body ran unprofiled.
+        memory_timeline: of the memory pass, None without one.
     """
 
     record: TelemetryRecord
     value: Any = None
     all_ops: tuple[OpEvent, ...] = ()
     all_kernels: tuple[KernelEvent, ...] = ()
+    all_nodes: tuple[NodeEvent, ...] = ()
     graph: GraphHandoff | None = None
     graph_nodes: tuple[tuple[str, GraphNode], ...] = ()
     graph_capture_ms: float = 0.0
     attribution: Attribution | None = None
+    memory_timeline: pd.DataFrame | None = None
 
     @property
     def bottleneck(self) -> Bottleneck | None:
@@ -63,8 +75,8 @@ class Telemetry:
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
-        """One row per graph node in graph order, with cost and rates. Columns: `frames.NODE_COLUMNS`."""
-        return frames.node_frame(self.all_ops, self.graph_nodes)
+        """One row per graph node, fused set, parameter and other owner. Columns: `frames.NODE_COLUMNS`."""
+        return frames.contract_frame(self.all_nodes, frames.NODE_COLUMNS)
 
     @cached_property
     def modules(self) -> pd.DataFrame:
@@ -73,8 +85,13 @@ class Telemetry:
 
     @cached_property
     def memory(self) -> pd.DataFrame:
-        """One row per known memory quantity. Columns: `frames.MEMORY_COLUMNS`."""
-        return frames.memory_frame(self.record.memory)
+        """One row per allocation and free of the memory pass, in time order. Columns: `frames.MEMORY_COLUMNS`.
+
+        Empty without such a pass: a cell that runs once has none unless asked (`%%agnitra_profile --memory`).
+        """
+        if self.memory_timeline is not None:
+            return self.memory_timeline
+        return frames.contract_frame((), frames.MEMORY_COLUMNS)
 
     @cached_property
     def gpu(self) -> pd.DataFrame:
@@ -89,6 +106,34 @@ class Telemetry:
     def to_json(self) -> str:
         """Return the telemetry JSON, redacted."""
         return _json_of(self.record)
+
+    def compare(self, candidate: Telemetry) -> pd.DataFrame:
+        """Compare with another capture of the same work, node by node; this one is the baseline.
+
+        Args:
+            candidate: the other capture.
+
+        Returns:
+            One row per node of either, the largest difference first. Columns: `compare.COMPARE_COLUMNS`.
+        """
+        from agnitra_lab.profiler.compare import compare_nodes
+
+        return compare_nodes(self.nodes, candidate.nodes)
+
+    def export_trace(self, path: str | os.PathLike[str]) -> Path:
+        """Write the events as a Chrome trace, for Perfetto and HolisticTraceAnalysis.
+
+        Args:
+            path: of the file, ending in .json or .json.gz.
+
+        Raises:
+            UsageError: when it ends otherwise.
+            RunStoreError: when it cannot be written.
+        """
+        from agnitra_lab.profiler.trace import write_trace
+
+        device = self.record.device
+        return write_trace(self.events, path, device_name=device.name if device is not None else None)
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Write telemetry.json and events.parquet.
@@ -111,7 +156,7 @@ class Telemetry:
             events[column] = events[column].cat.rename_categories(redact_categories(events[column].cat.categories))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(events_path, lambda path: events.to_parquet(path, compression="zstd", index=False))
+            _replace(events_path, lambda path: frames.write_events(events, path))
             _replace(record_path, lambda path: path.write_text(_json_of(record) + "\n", encoding="utf-8"))
         except OSError as error:
             raise RunStoreError(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import itertools
+import re
 import sys
+import threading
 import time
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from agnitra_lab.device.nvml import NvmlSampler, driver_version
+from agnitra_lab.device import nvml
+from agnitra_lab.device.nvml import MIN_PERIOD_MS, NvmlSampler, driver_version, throttle_words
 
 
 class _NotSupportedError(Exception):
@@ -59,6 +63,10 @@ def _driver(*, is_supported: bool, visible: dict[str, int] | None = None) -> Mod
     return module
 
 
+def _sampling_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "agnitra-nvml"]
+
+
 @pytest.fixture
 def cpu_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -98,17 +106,121 @@ def test_even_the_shortest_block_gets_a_first_and_a_last_sample(
     with NvmlSampler(period_ms=10_000) as sampler:
         pass
     assert [sample.power_w for sample in sampler.samples] == [123.0, 123.0]
-    assert sampler.energy_j == 0.0
     assert driver.num_open == 0
 
 
 def test_samples_follow_each_other_in_time_at_the_period(monkeypatch: pytest.MonkeyPatch, cpu_torch: None) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", _driver(is_supported=True))
-    with NvmlSampler(period_ms=1) as sampler:
-        while len(sampler.samples) < 5:
+    with NvmlSampler(period_ms=MIN_PERIOD_MS) as sampler:
+        while len(sampler.samples) < 3:
             time.sleep(0.001)
+    assert len(sampler.samples) >= 4
     times = [sample.time_ms for sample in sampler.samples]
     assert times == sorted(times)
+
+
+@pytest.mark.parametrize(("asked_ms", "kept_ms"), [(1.0, 100.0), (float("nan"), 100.0), (250.0, 250.0)])
+def test_it_samples_ten_times_a_second_at_most(asked_ms: float, kept_ms: float) -> None:
+    assert NvmlSampler(period_ms=asked_ms).period_ms == kept_ms
+
+
+def test_leaving_the_block_does_not_wait_for_the_period(monkeypatch: pytest.MonkeyPatch, cpu_torch: None) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", _driver(is_supported=True))
+    with NvmlSampler(period_ms=3_600_000) as sampler:
+        pass
+    assert sampler.reason is None
+    assert not _sampling_threads()
+
+
+def test_two_hundred_uses_leave_no_thread_and_no_session_behind(
+    monkeypatch: pytest.MonkeyPatch, cpu_torch: None
+) -> None:
+    driver = _driver(is_supported=True)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    num_threads = threading.active_count()
+    sampler = NvmlSampler()
+    for _ in range(200):
+        with sampler:
+            assert len(_sampling_threads()) == 1
+        assert len(sampler.samples) == 2
+    assert threading.active_count() == num_threads
+    assert driver.num_open == 0
+
+
+def test_a_driver_that_hangs_does_not_hang_the_block(monkeypatch: pytest.MonkeyPatch, cpu_torch: None) -> None:
+    driver = _driver(is_supported=True)
+    answers, is_hanging = threading.Event(), threading.Event()
+
+    def hang(_handle: Any) -> int:
+        if threading.current_thread().name == "agnitra-nvml":
+            is_hanging.set()
+            answers.wait()
+        return 0
+
+    driver.nvmlDeviceGetPowerUsage = hang
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setattr(nvml, "_EXIT_TIMEOUT_S", 0.01)
+    with NvmlSampler() as sampler:
+        is_hanging.wait()
+    answers.set()
+    assert "has not answered" in (sampler.reason or "")
+    assert sampler.energy_j is None
+    assert sampler.energy_reason is not None
+
+
+def test_energy_is_the_difference_of_the_counter(monkeypatch: pytest.MonkeyPatch, cpu_torch: None) -> None:
+    driver = _driver(is_supported=True)
+    counter = itertools.count(7_000, 2_500)
+    driver.nvmlDeviceGetTotalEnergyConsumption = lambda _handle: next(counter)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    with NvmlSampler() as sampler:
+        time.sleep(0.101)
+    assert sampler.energy_j == 2.5
+    assert sampler.energy_reason is None
+
+
+@pytest.mark.parametrize(
+    ("block_s", "is_supported", "words"),
+    [(0.0, True, "needs at least 100 ms"), (0.101, True, "did not advance"), (0.0, False, "counts no energy")],
+)
+def test_energy_that_is_not_known_is_none_with_a_reason(
+    block_s: float, is_supported: bool, words: str, monkeypatch: pytest.MonkeyPatch, cpu_torch: None
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", _driver(is_supported=is_supported))
+    with NvmlSampler() as sampler:
+        time.sleep(block_s)
+    assert sampler.energy_j is None
+    assert words in (sampler.energy_reason or "")
+
+
+def test_a_driver_that_lost_a_call_costs_that_reading_alone(monkeypatch: pytest.MonkeyPatch, cpu_torch: None) -> None:
+    driver = _driver(is_supported=True)
+    del driver.nvmlDeviceGetCurrentClocksThrottleReasons
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    with NvmlSampler() as sampler:
+        pass
+    assert [sample.throttle_reasons for sample in sampler.samples] == [None, None]
+    assert [sample.sm_clock_mhz for sample in sampler.samples] == [1980, 1980]
+
+
+def test_throttle_words_are_the_drivers_own_names() -> None:
+    import pynvml
+
+    prefix = "nvmlClocksThrottleReason"
+    names = {name.removeprefix(prefix): value for name, value in vars(pynvml).items() if name.startswith(prefix)}
+    known = {name: bit for name, bit in names.items() if 0 < bit <= 0x400 and name not in ("All", "UserDefinedClocks")}
+    assert len(known) >= 9
+    for name, bit in known.items():
+        assert throttle_words(bit) == (re.sub("(?<!^)([A-Z])", r" \1", name).lower(),)
+
+
+def test_throttle_reasons_come_together_lowest_bit_first() -> None:
+    assert throttle_words(0x8 | 0x4) == ("sw power cap", "hw slowdown")
+
+
+def test_full_clocks_have_no_throttle_words_and_a_new_bit_is_named_by_its_number() -> None:
+    assert throttle_words(0) == ()
+    assert throttle_words(0x8001) == ("gpu idle", "unknown reason 0x8000")
 
 
 def test_a_gpu_that_refuses_every_reading_gives_a_reason_and_no_empty_samples(

@@ -117,7 +117,7 @@ def test_telemetry_shows_its_card(modelled):
     formatted, _ = modelled.ip.display_formatter.format(modelled["agnitra_telemetry"])
     modelled.ip.display_formatter.active_types = ["text/html", "text/plain"]
     formatted, _ = modelled.ip.display_formatter.format(modelled["agnitra_telemetry"])
-    assert "Top ops by self time" in formatted["text/html"]
+    assert "Top nodes by self time" in formatted["text/html"]
 
 
 def test_runs_are_a_frame_with_fixed_columns(modelled):
