@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from agnitra_lab.contracts import GraphNode
+from agnitra_lab.profiler.alignment import NodeAligner
 from agnitra_lab.profiler.event_table import EventTable, Int64, Kind
 from agnitra_lab.profiler.inductor import Launch, Program, best_program, match_ops
 from agnitra_lab.profiler.places import Label, Places, common_path
@@ -72,6 +73,24 @@ class NodeSets:
         text = name.replace(REGION, "compiled region").replace(":", "")
         return self._places.label_id(("region", name), Label(text, nodes, root, op=REGION))
 
+    def align(self, rows: Int64, names: Sequence[str], root: int) -> Int64:
+        """Place ops that run one by one as the graph of a compiled root has them; return the rows that were."""
+        graph = self._graphs.get(root)
+        if graph is None or not graph.is_compiled:
+            return np.zeros(0, np.int64)
+        # One function without calls of modules: all nodes stand in the root.
+        matches = NodeAligner(graph.nodes).align_call([("", name) for name in names])
+        placed = []
+        for row, match in zip(rows.tolist(), matches, strict=True):
+            if match is not None:
+                node = graph.nodes[match.index]
+                label = self._places.label_id((root, match.index), Label(graph.prefix + node.name, (node,), root))
+                method = "order" if match.confidence == 1.0 else "partial_order"
+                path = self._places.path_id(node.module_path)
+                self._places.put(row, "fx_node", method, confidence=match.confidence, label=label, path=path)
+                placed.append(row)
+        return np.array(placed, np.int64)
+
     def _resolve(self, root: int, name: str, is_backward: bool) -> GraphNode | None:
         """Find a node by Inductor's name for it: a name in both graphs is the backward one's in a backward program."""
         nodes = self._nodes.get(root, {})
@@ -99,7 +118,7 @@ def place_regions(
         places.put(row, "fx_node", "region", label=sets.region(table.name_of(row), _root(nesting, row)))
     calls = np.flatnonzero(is_op & table.named(PROGRAM_CALL))
     if not len(calls):
-        return np.concatenate([compiling, regions])
+        return np.concatenate([compiling, regions, _place_uncompiled(table, nesting, regions, sets)])
     is_child = is_op & np.isin(nesting.parent, calls)
     children = np.flatnonzero(is_child)
     children = children[np.lexsort((table.start_ns[children], nesting.parent[children]))]
@@ -113,6 +132,20 @@ def place_regions(
         if match is not None:
             own.append(_place_launches(rows, match, nesting, places, sets))
     return np.concatenate(own)
+
+
+def _place_uncompiled(table: EventTable, nesting: Nesting, regions: Int64, sets: NodeSets) -> Int64:
+    """Place the ops of regions that a backend runs as Dynamo captured them (backend="eager"), by their order."""
+    # Dynamo's own ranges ("Pregraph bytecode") have no namespace.
+    is_torch_op = np.array(["::" in name for name in table.names], np.bool_)
+    is_child = (table.kind == Kind.OP) & np.isin(nesting.parent, regions) & is_torch_op[table.name]
+    children = np.flatnonzero(is_child)
+    children = children[np.lexsort((table.start_ns[children], nesting.parent[children]))]
+    placed = []
+    for rows in np.split(children, np.flatnonzero(np.diff(nesting.parent[children])) + 1):
+        if len(rows):
+            placed.append(sets.align(rows, [table.name_of(row) for row in rows.tolist()], _root(nesting, int(rows[0]))))
+    return np.concatenate(placed) if placed else np.zeros(0, np.int64)
 
 
 def _place_compiling(table: EventTable, places: Places) -> Int64:

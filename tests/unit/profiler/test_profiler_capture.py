@@ -325,6 +325,47 @@ def test_a_compiled_model_is_neither_recompiled_nor_warned_about(decoder):
     assert counters["frames"]["ok"] == before
 
 
+def test_a_model_compiled_inside_a_profile_is_not_compiled_again_after_it():
+    counters = pytest.importorskip("torch._dynamo.utils").counters
+
+    class Fresh(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+        def forward(self, x):
+            return self.layers(x) + 1
+
+    compiled = torch.compile(Fresh().eval(), backend="eager", fullgraph=True)
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        found = profile(lambda: compiled(x))
+        before = counters["frames"]["ok"]
+        compiled(x)
+    assert counters["frames"]["ok"] == before
+    assert "compiled during this capture" in found.record.notes[0]
+
+
+def test_the_ops_of_a_compiled_region_go_to_dynamos_nodes(decoder):
+    compiled = torch.compile(decoder, backend="eager")
+    with torch.no_grad():
+        compiled(IDS)
+        found = profile(Workload("compiled", compiled, (IDS,)), repeat=1)
+    rows = found.ops[found.ops.op == "aten::addmm"]
+    assert set(rows.module_path) >= {"blocks.0.qkv", "lm_head"}
+    assert set(rows.method) == {"order"}
+    assert found.record.owners.residual == 0.0
+
+
+def test_an_installed_drop_in_is_profiled_as_its_original():
+    from agnitra_lab.patch.install import eager
+
+    workload = Workload("small", SmallDecoder().eval(), (IDS,))
+    found = profile(Workload("drop-in", eager(workload).model, (IDS,)), repeat=1)
+    assert found.record.owners.exact_node >= 0.9
+    assert "lm_head" in set(found.ops.module_path)
+
+
 def test_a_training_step_is_shared_out_among_the_four_owners():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
