@@ -224,7 +224,8 @@ class Optimization:
             winner=self.winner_name,
             comparison=self.comparison,
             results=self.results,
-            telemetry=self.telemetry.record,
+            # What the profile's own card draws is in its telemetry.json, and would double the report's.
+            telemetry=self.telemetry.record.model_copy(update={"nodes": (), "hotspots": (), "timeline": None}),
             proposal=self.proposal,
             searches=self.searches,
             log=winner.log() if winner else None,
