@@ -41,13 +41,13 @@ def backward_origins(graph_module: fx.GraphModule, example_inputs: Sequence[Any]
             raise _Grabbed
         return MockFXGraphCacheOutput(module)
 
-    problem: str | None = None
+    problem: str | None = "The backward graph was not made; backward kernels stay with their module."
     try:
         with _nothing_cached():
             compile_fx(graph_module, list(example_inputs), inner_compile=grab)
-        problem = "The backward graph was not made; backward kernels stay with their module."
     except _Grabbed:
-        pass
+        # The way out that was meant: both graphs are made, and nothing is compiled.
+        problem = None
     except Exception as error:
         problem = f"The backward graph cannot be made ({reason_of(error)})."
     return problem, _origins(graphs, made_as)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,10 +60,28 @@ def profile(target: Any, inputs: Any = None, *, name: str | None = None, repeat:
 
     Returns:
         Telemetry: pandas frames `ops`, `kernels`, `nodes`, `modules`, `memory`, `gpu`, and `to_json()`.
+
+    Raises:
+        UsageError: a model without the inputs that its forward takes.
     """
+    if inputs is None and isinstance(target, torch.nn.Module):
+        _check_takes_nothing(target)
     is_plain = inputs is None and not isinstance(target, (Workload, torch.nn.Module))
     chosen = target if is_plain and callable(target) else as_workload(target, inputs, name=name)
     return capture.profile(chosen, name=name, repeat=repeat)
+
+
+def _check_takes_nothing(model: torch.nn.Module) -> None:
+    try:
+        inspect.signature(model.forward).bind()
+    except TypeError as error:
+        raise UsageError(
+            f"A profile of {type(model).__name__} needs its inputs ({error}).",
+            hint="Write: agnitra_lab.profile(model, inputs), with a tensor, a tuple or a mapping.",
+        ) from error
+    except ValueError:
+        # No signature to be read, as of a scripted module: the call itself will say.
+        return
 
 
 def profile_run(

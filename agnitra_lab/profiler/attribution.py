@@ -116,8 +116,8 @@ def _place_nodes(table: EventTable, nesting: Nesting, tops: Int64, places: Place
     aligners = {root: NodeAligner(graph.nodes) for root, graph in eager.items()}
     known: dict[tuple[int, bytes], _Matches] = {}
     for call in np.split(rows, bounds):
-        root = int(nesting.module[nesting.root_event[call[0]]]) if len(call) else -1
-        if root not in eager:
+        root = _graph_of(int(nesting.module[nesting.root_event[call[0]]]), eager, context) if len(call) else None
+        if root is None:
             continue
         # Calls that run the same ops in the same modules are aligned once.
         key = root, table.name[call].tobytes() + places.path[call].tobytes()
@@ -134,6 +134,16 @@ def _place_nodes(table: EventTable, nesting: Nesting, tops: Int64, places: Place
                 label=found.labels[chosen],
                 path=found.paths[chosen],
             )
+
+
+def _graph_of(module: int, eager: Mapping[int, RootGraph], context: Context) -> int | None:
+    """Return the root call whose graph has the nodes of an outermost module call; None where no graph has.
+
+    Checkpointing runs a part of a root again in the backward pass, where nothing is around it.
+    """
+    if module in eager:
+        return module
+    return next((root for root, paths in context.paths.items() if module in paths and root in eager), None)
 
 
 @dataclass(frozen=True)

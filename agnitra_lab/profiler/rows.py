@@ -214,11 +214,12 @@ def _op_name(attribution: Attribution, index: int) -> str | None:
 def _owner_shares(attribution: Attribution, sums: Sequence[Sum], has_device: bool, total_ns: int) -> OwnerShares:
     places = attribution.places
     spent = dict.fromkeys(range(-1, len(OWNERS)), 0)
-    exact_ns = 0
+    exact_ns, region = 0, METHODS.index("region")
     for entry in sums:
         owner = int(places.owner[entry.row])
         spent[owner] += _latency_ns(entry, has_device)
-        if owner == 0 and places.label[entry.row] >= 0:
+        # A region as a whole is no set of nodes that something is known to compute.
+        if owner == 0 and places.label[entry.row] >= 0 and places.method[entry.row] != region:
             exact_ns += _latency_ns(entry, has_device)
     shares = {name: _share(spent[index], total_ns) for index, name in enumerate(OWNERS)}
     return OwnerShares(**shares, residual=_share(spent[-1], total_ns), exact_node=_share(exact_ns, total_ns))

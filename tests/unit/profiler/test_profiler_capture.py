@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as nn_module
+from torch.utils.checkpoint import checkpoint
 
 from agnitra_lab.contracts import TelemetryRecord, Workload
 from agnitra_lab.errors import CaptureError, RunStoreError, UsageError
@@ -388,6 +389,22 @@ def test_a_training_step_is_shared_out_among_the_four_owners():
     assert gradients == {f"param_grad:{name}" for name, _ in net.named_parameters()}
     assert set(found.nodes.node[found.nodes.owner == "optimizer"]) == {"optimizer:SGD.step", "optimizer:SGD.zero_grad"}
     assert found.nodes.latency_ms.sum() == pytest.approx(found.record.total_self_ms)
+
+
+def test_what_checkpointing_runs_again_goes_to_its_node():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.second(checkpoint(self.first, x, use_reentrant=False))
+
+    net = Checkpointed()
+    found = profile(lambda: net(torch.ones(2, 8, requires_grad=True)).sum().backward())
+    rows = found.ops[(found.ops.op == "aten::linear") & (found.ops.module_path == "first")]
+    assert rows.num_calls.sum() == 2
+    assert set(rows.node) == {"linear"}
 
 
 def test_an_exported_program_keeps_the_names_of_its_nodes(decoder):
