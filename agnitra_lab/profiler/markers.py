@@ -21,6 +21,7 @@ GRADIENT_PREFIX = "agn::grad::"
 OWN_RANGE = "agn::own"
 # A cache that grows by one token gives every call of a decoder another signature.
 MAX_SIGNATURES = 4
+_MAX_DEPTH, _MAX_ITEMS = 4, 256
 
 _RecordFunctionFast: Any = getattr(torch._C._profiler, "_RecordFunctionFast", None)
 _original_call: Any = nn.Module.__call__
@@ -145,8 +146,11 @@ class ModuleMarkers:
                 call = self._new_root_call(module, args, kwargs, signature)
         call.num_calls += 1
         if call.has_grad and id(module) not in self._hooked:
-            with _RecordFunctionFast(OWN_RANGE):
-                self._hook_gradients(call)
+            try:
+                with _RecordFunctionFast(OWN_RANGE):
+                    self._hook_gradients(call)
+            except Exception as error:  # a parameter that cannot be hooked must not stop the user's call
+                self.note = f"gradients are not tied to parameters ({type(error).__name__})"
         return self._marks[call.index]
 
     def _new_root_call(
@@ -283,20 +287,20 @@ def _tell_dynamo(known: Any, wanted: Any) -> None:
 
 def signature_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return what tells calls apart: shapes and dtypes of tensors, values of small constants, types of the rest."""
-    return tuple(map(_mark_of_value, args)), tuple((name, _mark_of_value(kwargs[name])) for name in sorted(kwargs))
+    named = tuple((name, _mark_of_value(kwargs[name], _MAX_DEPTH)) for name in sorted(kwargs))
+    return tuple(_mark_of_value(value, _MAX_DEPTH) for value in args), named
 
 
-def _mark_of_value(value: Any) -> Any:
+def _mark_of_value(value: Any, depth: int) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_mark_of_value, value)) if len(value) <= 256 else len(value)
-    if isinstance(value, dict):
-        return (
-            tuple((str(name), _mark_of_value(item)) for name, item in value.items())
-            if len(value) <= 256
-            else len(value)
-        )
+        return tuple(value.shape), value.dtype
+    if isinstance(value, (list, tuple, dict)):
+        # Long and deep structures count by their size: a structure may even hold itself.
+        if len(value) > _MAX_ITEMS or depth == 0:
+            return type(value), len(value)
+        if isinstance(value, dict):
+            return tuple((str(name), _mark_of_value(item, depth - 1)) for name, item in value.items())
+        return tuple(_mark_of_value(item, depth - 1) for item in value)
     return value if isinstance(value, (bool, int, str, type(None))) else type(value)
 
 

@@ -484,6 +484,22 @@ def test_a_module_that_calls_itself_is_profiled():
     assert found.ops.set_index("op").module_path["aten::linear"] == "layer"
 
 
+def test_inputs_that_hold_themselves_do_not_stop_the_call():
+    class Taking(nn.Module):
+        def forward(self, x, state):
+            return x + len(state)
+
+    state = [1]
+    state.append(state)
+    found = profile(lambda: Taking()(torch.ones(2), state))
+    assert torch.equal(found.value, torch.full((2,), 3.0))
+
+
+def test_a_lazy_module_is_profiled_at_its_first_call():
+    found = profile(lambda: nn.LazyLinear(4)(torch.ones(2, 8)).sum().backward())
+    assert "aten::linear" in set(found.ops.op)
+
+
 def test_two_captures_compare_node_by_node(telemetry, decoder):
     other = profile(Workload("small", decoder, (IDS,)), repeat=1)
     frame = telemetry.compare(other)
