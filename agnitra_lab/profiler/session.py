@@ -145,10 +145,14 @@ class ProfilerSession:
         if self._profiler is None or time.perf_counter() - self._piece_started_s < _PIECE_S or _is_capturing():
             return
         started_ns = time.perf_counter_ns()
-        self._stop()
-        self.is_cut = sum(map(len, self._pieces)) >= self._max_events
-        if not self.is_cut:
-            self._start()
+        try:
+            self._stop()
+            self.is_cut = sum(map(len, self._pieces)) >= self._max_events
+            if not self.is_cut:
+                self._start()
+        except (RuntimeError, AttributeError):
+            # The user's code is running: a profiler that fails here costs it the rest of the events, and no more.
+            self._profiler, self.is_cut = None, True
         self.paused_ns += time.perf_counter_ns() - started_ns
 
 
