@@ -4,6 +4,7 @@ FILE.py:FUNCTION          a function that returns a model and its inputs, or a W
 package.module:FUNCTION   the same from an importable module
 ARCHIVE.pt2               a torch.export archive with its example inputs
 demo:NAME[@SCALE]         a named workload of this package
+suite:NAME[@SCALE]        a workload of the suite that the optimiser is judged on
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import AgnitraError, MissingError, TargetError
 from agnitra_lab.workloads.adopt import as_workload
 from agnitra_lab.workloads.demos import DEMOS, demo
+from agnitra_lab.workloads.suite import suite_workload
 
-_FORMS = "Expected FILE.py:FUNCTION, package.module:FUNCTION, ARCHIVE.pt2, or demo:NAME."
+_FORMS = "Expected FILE.py:FUNCTION, package.module:FUNCTION, ARCHIVE.pt2, demo:NAME, or suite:NAME."
 
 
 def resolve(target: str) -> Workload:
@@ -37,6 +39,9 @@ def resolve(target: str) -> Workload:
     if target.startswith("demo:"):
         name, _, scale = target.removeprefix("demo:").partition("@")
         return demo(name, scale=scale or None)
+    if target.startswith("suite:"):
+        name, _, scale = target.removeprefix("suite:").partition("@")
+        return suite_workload(name, scale=scale or None)
     if target.endswith(".pt2"):
         return _from_archive(Path(target))
     location, separator, function = target.rpartition(":")
