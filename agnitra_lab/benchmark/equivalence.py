@@ -13,11 +13,19 @@ from typing import Any, Literal
 
 import torch
 
-from agnitra_lab.benchmark.effects import Written, effect_differs, state_problem, written_part
+from agnitra_lab.benchmark.effects import (
+    Written,
+    effect_differs,
+    put_back_functions,
+    state_problem,
+    stray_mask,
+    written_elements,
+    written_part,
+)
 from agnitra_lab.benchmark.elements import MAX_ERROR_RATIO, RELAXED_RTOL, RTOL, LeafMatch, match, rtol_of
 from agnitra_lab.benchmark.inputs import redraw, shifted_copy
 from agnitra_lab.benchmark.oracle import Oracle, build_oracle, oracle_failure
-from agnitra_lab.benchmark.outputs import Call, fingerprint, layout_problems, leaf_rtols, run_call
+from agnitra_lab.benchmark.outputs import Call, fingerprint, layout_problems, leaf_rtols, overwritten_outputs, run_call
 from agnitra_lab.benchmark.state import ModuleState, module_of, same_values
 from agnitra_lab.benchmark.tree import leaves, tensors
 from agnitra_lab.contracts.measurement import Equivalence
@@ -149,9 +157,13 @@ class _Gate:
         self.least_rtol = _least_rtol(workload_module, self.workload, self.precision_track)
         self.rtols: list[float] = []
         self.written_names: set[str] = set()
+        self.last_found: Call | None = None
+        self.may_overwrite: set[str] = set()
 
     def probe(self) -> None:
         """Run the baseline on inputs that are in no comparison: sizes to poison, and whether inputs matter at all."""
+        for name in put_back_functions():
+            self.problems[f"{name} was replaced before the check"] = None
         self.probe_inputs = redraw(self.workload, _PROBE_SEED)
         try:
             self.probe_call = run_call(self.baseline, shifted_copy(self.probe_inputs), self.baseline_state)
@@ -161,6 +173,7 @@ class _Gate:
                 f"The baseline raised on the inputs of workload {self.workload.name!r}: {_first_line(error)}.",
                 hint="Run the model once on these inputs and mend that first.",
             ) from error
+        self.last_wanted = self.probe_call
         self.rtols = leaf_rtols(self.probe_call.values, self.least_rtol)
         pairs = zip(tensors(self.probe_call.values), tensors(again.values), strict=True)
         if not all(a.shape == b.shape and same_values(a, b) for (_, a), (_, b) in pairs):
@@ -181,16 +194,30 @@ class _Gate:
             self.problems[f"the candidate raised {_first_line(error)}"] = None
             self.is_runnable = False
             return False
+        finally:
+            for name in put_back_functions():
+                self.problems[f"the candidate replaces {name}"] = None
         if self.candidate_state.parameter_versions() != versions:
             self.problems["the candidate writes to the model's parameters"] = None
         if torch.get_num_threads() != num_threads:
             self.problems["the candidate changed torch's number of threads"] = None
             torch.set_num_threads(num_threads)
+        self._hold_last_output(found)
         torch.manual_seed(seed)
         wanted = run_call(self.baseline, baseline_inputs, self.baseline_state)
+        self.may_overwrite |= set(overwritten_outputs(self.last_wanted))
+        self.last_wanted = wanted
         self.written_names |= set(found.state_after) | set(wanted.state_after)
         self._compare(seed, inputs, found, wanted)
         return True
+
+    def _hold_last_output(self, found: Call) -> None:
+        """Look at what the call before returned: a caller that kept it must still hold it."""
+        if self.last_found is not None:
+            for name in overwritten_outputs(self.last_found):
+                if name not in self.may_overwrite:
+                    self.problems[f"{name} of one call is overwritten by the next"] = None
+        self.last_found = found
 
     def _compare(self, seed: int, inputs: Inputs, found: Call, wanted: Call) -> None:
         self.candidate_prints[seed] = fingerprint(found.values)
@@ -234,20 +261,42 @@ class _Gate:
                 self.are_inputs_unchanged = False
                 self.problems[f"input{path} is left different from what the baseline leaves"] = None
         written: list[Written] = []
+        strays: dict[str, torch.Tensor] = {}
         for name in sorted(set(found.state_after) | set(wanted.state_after)):
             before, after_baseline = wanted.state_after.get(name) or (found.state_after[name][0],) * 2
             _, after = found.state_after.get(name) or (before, before)
             truth = self.oracle.state(name) if self.oracle is not None else None
             entry = written_part(name, before, after, after_baseline, truth)
             if entry is None:
-                self.are_inputs_unchanged = False
-                self.problems[f"state {name} is left different from what the baseline leaves"] = None
-            else:
-                written.append(entry)
+                self._add_state_problem(name)
+                continue
+            written.append(entry)
+            is_stray = stray_mask(before, after, after_baseline)
+            if bool(is_stray.any()):
+                strays[name] = is_stray
+        self._judge_strays(inputs, strays)
         problem = state_problem(written, least_rtol=self.least_rtol, required_share=self.required_share)
         if problem:
             self.are_inputs_unchanged = False
             self.problems[problem] = None
+
+    def _add_state_problem(self, name: str, reason: str = "") -> None:
+        self.are_inputs_unchanged = False
+        self.problems[f"state {name} is left different from what the baseline leaves{reason}"] = None
+
+    def _judge_strays(self, inputs: Inputs, strays: dict[str, torch.Tensor]) -> None:
+        """Refuse changes to elements that the baseline does not write; the others are judged by their values."""
+        if not strays:
+            return
+        try:
+            masks = written_elements(self.baseline, shifted_copy(inputs), self.baseline_state, list(strays))
+        except Exception as error:
+            self.notes[f"the baseline does not run on nudged state: {_first_line(error)}"] = None
+            masks = {}
+        for name, is_stray in strays.items():
+            num_strays = int((is_stray & ~masks[name] if name in masks else is_stray).sum())
+            if num_strays:
+                self._add_state_problem(name, f": {num_strays} elements that it does not write")
 
     def _oracle_leaves(self, inputs: Inputs, wanted: Call) -> list[Any] | None:
         if self.oracle is None:

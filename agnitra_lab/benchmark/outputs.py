@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from agnitra_lab.benchmark.elements import rtol_of
-from agnitra_lab.benchmark.state import ModuleState
+from agnitra_lab.benchmark.state import ModuleState, same_values
 from agnitra_lab.benchmark.tree import leaves, tensors
 from agnitra_lab.contracts.workload import Inputs
 
@@ -42,6 +42,8 @@ class Call:
     """Leaves in order: copies of tensors, other leaves as they are."""
     inputs_after: Inputs
     state_after: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    live: list[Any]
+    """The leaves themselves: a later call that overwrites them is seen by holding them against `values`."""
 
 
 def run_call(function: Callable[..., Any], inputs: Inputs, state: ModuleState) -> Call:
@@ -60,7 +62,26 @@ def run_call(function: Callable[..., Any], inputs: Inputs, state: ModuleState) -
         if isinstance(leaf, torch.Tensor):
             known.append((f"output{path}", leaf))
         values.append(leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
-    return Call(layouts, values, inputs, state.changed())
+    return Call(layouts, values, inputs, state.changed(), [leaf for _, leaf in found])
+
+
+def overwritten_outputs(call: Call) -> list[str]:
+    """Name the outputs of an earlier call that no longer hold what that call returned.
+
+    Views of inputs and of state may change with these, and `layout_problems` judges them.
+    """
+    names = []
+    for layout, value, leaf in zip(call.layouts, call.values, call.live, strict=True):
+        if not isinstance(leaf, torch.Tensor) or any(not name.startswith("output") for name in layout.aliases):
+            continue
+        try:
+            is_same = leaf.shape == value.shape and same_values(leaf, value)
+        except RuntimeError:
+            # torch's own CUDA graphs refuse to let an overwritten output be read, so nobody reads it unawares.
+            continue
+        if not is_same:
+            names.append(f"output{layout.path}")
+    return names
 
 
 def layout_problems(candidate: Call, baseline: Call) -> list[str]:

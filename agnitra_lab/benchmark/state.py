@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+_INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ModuleState:
@@ -54,6 +56,17 @@ class ModuleState:
         """Return what the module holds under this name now."""
         return next((tensor for found, (tensor, _, _) in _state_tensors(self._module) if found == name), None)
 
+    def flip_lowest_bits(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Flip the lowest bit of every finite element of these floating tensors; return copies of what is there now."""
+        for name in names:
+            tensor = self.tensor(name)
+            if tensor is not None and tensor.is_floating_point():
+                with torch.no_grad():
+                    bits = tensor.detach().contiguous().view(_INTEGER_OF[tensor.element_size()])
+                    tensor.copy_(torch.where(_is_finite(tensor), bits ^ 1, bits).view(tensor.dtype))
+        found = {name: self.tensor(name) for name in names}
+        return {name: tensor.detach().clone() for name, tensor in found.items() if tensor is not None}
+
     def parameter_versions(self) -> list[int]:
         """Return the counters that every in-place write through torch advances, one a parameter."""
         if self._module is None:
@@ -82,6 +95,10 @@ def same_values(left: torch.Tensor, right: torch.Tensor) -> bool:
 def difference_mask(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return where two tensors of one shape differ, a NaN being equal to a NaN."""
     return ~_same(left, right)
+
+
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

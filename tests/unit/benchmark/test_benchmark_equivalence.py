@@ -247,6 +247,37 @@ def test_a_cache_must_be_written_as_the_baseline_writes_it() -> None:
     assert "state cache is left different" in _problems(forgetful, workload)
 
 
+class Scaled(nn.Module):
+    """Writes its input, scaled in two roundings of bf16, into a cache that may already hold just that."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(8, x.numel(), dtype=x.dtype))
+        self.cache[3] = x * 1.37 * 1.11
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache[3] = x * 1.37 * 1.11
+        return self.cache[:4].sum(0)
+
+
+def test_a_written_value_that_was_there_before_may_round_otherwise() -> None:
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(3)).bfloat16()
+    model = Scaled(x).eval()
+    workload = Workload("scaled", model, (x,), make_inputs=lambda seed: ((x,), {}))
+
+    def in_one_rounding(x: torch.Tensor) -> torch.Tensor:
+        model.cache[3] = (x.double() * 1.37 * 1.11).bfloat16()
+        return model.cache[:4].double().sum(0).bfloat16()
+
+    def beside_the_slot(x: torch.Tensor) -> torch.Tensor:
+        out = model(x)
+        model.cache[4, 7] = 1e-6
+        return out
+
+    _check_passes(in_one_rounding, workload)
+    assert "1 elements that it does not write" in _problems(beside_the_slot, workload)
+
+
 def test_the_model_is_left_as_it_was_found() -> None:
     model = Decoder().eval()
     check(Workload("decode", model, (torch.randn(16), torch.tensor(3))), copy.deepcopy(model))
