@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,23 +116,25 @@ def stray_mask(before: torch.Tensor, after: torch.Tensor, wanted: torch.Tensor) 
 
 
 def written_elements(
-    function: Callable[..., Any], inputs: Inputs, state: ModuleState, names: Sequence[str]
+    function: Callable[..., Any], inputs: Inputs, state: ModuleState, asked: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Find where a call writes its state, whatever it writes there: call it with the state's lowest bits flipped.
+    """Find which of some state elements a call writes: call it with their lowest bits flipped.
 
-    A written value that happens to equal the one before it cannot equal the flipped one as well.
+    They are elements that the call leaves as they were before: it either does not write them, and they stay flipped, or
+    writes what was there, which the flipped value is not. Only they are flipped, so that a call which writes a cache
+    before it reads it computes the same as without.
 
     Args:
         function: is called once.
         inputs: of that call, which may overwrite them.
         state: of the function's module; restored before, left written after.
-        names: the floating state tensors that are asked about.
+        asked: name of a floating state tensor -> which of its elements.
 
     Returns:
         name -> mask; names whose tensor the call replaced by one of another shape are left out.
     """
     state.restore()
-    flipped = state.flip_lowest_bits(names)
+    flipped = state.flip_lowest_bits(asked)
     args, kwargs = inputs
     with torch.no_grad():
         function(*args, **kwargs)

@@ -289,7 +289,7 @@ class _Gate:
         if not strays:
             return
         try:
-            masks = written_elements(self.baseline, shifted_copy(inputs), self.baseline_state, list(strays))
+            masks = written_elements(self.baseline, shifted_copy(inputs), self.baseline_state, strays)
         except Exception as error:
             self.notes[f"the baseline does not run on nudged state: {_first_line(error)}"] = None
             masks = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,15 +56,23 @@ class ModuleState:
         """Return what the module holds under this name now."""
         return next((tensor for found, (tensor, _, _) in _state_tensors(self._module) if found == name), None)
 
-    def flip_lowest_bits(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Flip the lowest bit of every finite element of these floating tensors; return copies of what is there now."""
-        for name in names:
+    def flip_lowest_bits(self, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Flip the lowest bit of the finite elements of floating tensors that the masks show.
+
+        Args:
+            masks: name -> which elements of that tensor.
+
+        Returns:
+            Copies of what is there now.
+        """
+        for name, mask in masks.items():
             tensor = self.tensor(name)
-            if tensor is not None and tensor.is_floating_point():
+            if tensor is not None and tensor.is_floating_point() and tensor.shape == mask.shape:
                 with torch.no_grad():
                     bits = tensor.detach().contiguous().view(_INTEGER_OF[tensor.element_size()])
-                    tensor.copy_(torch.where(_is_finite(tensor), bits ^ 1, bits).view(tensor.dtype))
-        found = {name: self.tensor(name) for name in names}
+                    is_flipped = mask.to(tensor.device) & _is_finite(tensor)
+                    tensor.copy_(torch.where(is_flipped, bits ^ 1, bits).view(tensor.dtype))
+        found = {name: self.tensor(name) for name in masks}
         return {name: tensor.detach().clone() for name, tensor in found.items() if tensor is not None}
 
     def parameter_versions(self) -> list[int]:

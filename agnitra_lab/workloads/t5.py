@@ -85,6 +85,7 @@ class T5Block(nn.Module):
         self.down = nn.Linear(config.intermediate, config.hidden, bias=False)
 
     def forward(self, x_BSE: Tensor, bias_HSS: Tensor) -> Tensor:
+        """Attend with the relative position bias, then the gated MLP; x_BSE [batch, sequence, hidden] -> the same."""
         batch, sequence, _ = x_BSE.shape
         normed_BSE = self.norm1(x_BSE)
         q_BHSD, k_BHSD, v_BHSD = (

@@ -278,6 +278,36 @@ def test_a_written_value_that_was_there_before_may_round_otherwise() -> None:
     assert "1 elements that it does not write" in _problems(beside_the_slot, workload)
 
 
+class TwoCaches(nn.Module):
+    """Writes a slot of one cache, and of a second one what it reads of the first, as the layers of a decoder do."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.register_buffer("first", torch.randn(8, x.numel(), generator=generator).to(x.dtype))
+        self.register_buffer("second", torch.randn(8, x.numel(), generator=generator).to(x.dtype))
+        self(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.first[3] = x * 1.37 * 1.11
+        self.second[3] = self.first.sum(0) * 1.03 * 0.97
+        return self.second[:4].sum(0)
+
+
+def test_a_second_cache_that_follows_the_first_may_round_otherwise() -> None:
+    # Were all elements of the first cache nudged, the second one's new values would move as well, onto their old ones.
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(3)).bfloat16()
+    model = TwoCaches(x).eval()
+    workload = Workload("two-caches", model, (x,), make_inputs=lambda seed: ((x,), {}))
+
+    def in_one_rounding(x: torch.Tensor) -> torch.Tensor:
+        model.first[3] = (x.double() * 1.37 * 1.11).bfloat16()
+        model.second[3] = (model.first.double().sum(0) * 1.03 * 0.97).bfloat16()
+        return model.second[:4].double().sum(0).bfloat16()
+
+    _check_passes(in_one_rounding, workload)
+
+
 def test_the_model_is_left_as_it_was_found() -> None:
     model = Decoder().eval()
     check(Workload("decode", model, (torch.randn(16), torch.tensor(3))), copy.deepcopy(model))
