@@ -13,7 +13,7 @@ import sys
 import types
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,11 +52,15 @@ class CompiledGraph:
         known = {node.name for node in self.handoff.graph.nodes}
         found: dict[str, None] = {}
         for name in names:
-            origin = self.origin_of.get(name)
-            meant = (origin or name) if is_backward or name not in known else name
+            meant = meant_by(name, known, self.origin_of, is_backward=is_backward)
             if meant in known:
                 found[meant] = None
         return tuple(found)
+
+
+def meant_by(name: str, known: Container[str], origin_of: Mapping[str, str], *, is_backward: bool) -> str:
+    """Return the node that a name in one of Inductor's comments means, by the rule of `CompiledGraph.resolve`."""
+    return origin_of.get(name) or name if is_backward or name not in known else name
 
 
 def capture_compiled(

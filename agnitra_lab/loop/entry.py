@@ -20,6 +20,7 @@ from agnitra_lab.loop.result import Result
 from agnitra_lab.loop.settings import Settings
 from agnitra_lab.profiler import capture
 from agnitra_lab.profiler.telemetry import Telemetry
+from agnitra_lab.profiler.trace import SUFFIXES
 from agnitra_lab.runs import provenance, summary
 from agnitra_lab.runs.markdown import run_markdown
 from agnitra_lab.runs.store import RunStore
@@ -111,7 +112,7 @@ def profile_run(
     store = RunStore(artifacts)
     store.check_writable()
     if trace is not None:
-        if not trace.name.endswith((".json", ".json.gz")):
+        if not trace.name.endswith(SUFFIXES):
             raise UsageError(f"--trace is {str(trace)!r}.", hint="Expected a file such as trace.json or trace.json.gz.")
         RunStore(trace.parent).check_writable()
     preflight.check_runs(workload)

@@ -15,6 +15,7 @@ from agnitra_lab.notebook.cell import CellBody, user_traceback
 from agnitra_lab.notebook.progress import Progress
 from agnitra_lab.notebook.show import Bundle, Display, profile_bundle
 from agnitra_lab.profiler.capture import CaptureBlock, capture_block
+from agnitra_lab.profiler.trace import SUFFIXES
 from agnitra_lab.redact import redact_text
 from agnitra_lab.runs.store import RunStore
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from agnitra_lab.profiler.telemetry import Telemetry
 
 MAGIC = "%%agnitra_profile"
-TRACE_SUFFIXES = (".json", ".json.gz")
 _RECORDED_OPTIONS = ("name", "workload", "repeat", "max_events", "memory", "out", "trace")
 
 
@@ -49,7 +49,7 @@ class CellProfile:
                 option = "--" + name.replace("_", "-")
                 raise UsageError(f"{option} is {value}.", hint="Expected a whole number from 1 on.")
         self._out, self._trace = _path(options.out), _path(options.trace)
-        if self._trace is not None and (self._trace.is_dir() or not self._trace.name.endswith(TRACE_SUFFIXES)):
+        if self._trace is not None and (self._trace.is_dir() or not self._trace.name.endswith(SUFFIXES)):
             raise UsageError(f"--trace is {options.trace!r}.", hint="Expected a file, such as trace.json or t.json.gz.")
         for folder in filter(None, (options.artifacts, self._out, self._trace and self._trace.parent)):
             RunStore(folder).check_writable()

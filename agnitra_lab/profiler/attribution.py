@@ -11,32 +11,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from agnitra_lab.contracts import GraphNode
+from agnitra_lab.contracts.telemetry import Method
 from agnitra_lab.profiler.alignment import NodeAligner
 from agnitra_lab.profiler.backward import place_backward, place_gradients, place_optimizers
 from agnitra_lab.profiler.event_table import BACKWARD_PREFIX, EventTable, Int64, Kind
 from agnitra_lab.profiler.inductor import Program
-from agnitra_lab.profiler.places import Attribution, Label, Places
+from agnitra_lab.profiler.places import Attribution, Places, RootGraph
 from agnitra_lab.profiler.regions import place_regions
 from agnitra_lab.profiler.replays import place_replays
 from agnitra_lab.profiler.sweep import Nesting, sweep
-
-
-@dataclass(frozen=True)
-class RootGraph:
-    """The graph of one root call.
-
-    Attributes:
-        nodes: in execution order.
-        prefix: what the printed names of its nodes start with, where a profile has several graphs.
-        origin_of: of a compiled root, names of nodes that its compiler made -> names in `nodes`.
-        is_compiled: whether torch.compile runs the root.
-    """
-
-    nodes: tuple[GraphNode, ...]
-    prefix: str = ""
-    origin_of: Mapping[str, str] = field(default_factory=dict)
-    is_compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,8 +92,7 @@ def _path_ids(nesting: Nesting, rows: Int64, places: Places, context: Context) -
 
 def _place_nodes(table: EventTable, nesting: Nesting, tops: Int64, places: Places, context: Context) -> None:
     eager = {root: graph for root, graph in context.graphs.items() if not graph.is_compiled}
-    backward = table.ids_of(BACKWARD_PREFIX)
-    rows = tops[(nesting.root_event[tops] >= 0) & ~np.isin(table.name[tops], backward)]
+    rows = tops[(nesting.root_event[tops] >= 0) & ~table.named(BACKWARD_PREFIX)[tops]]
     rows = rows[np.lexsort((table.start_ns[rows], nesting.root_event[rows]))]
     bounds = np.flatnonzero(np.diff(nesting.root_event[rows])) + 1
     aligners = {root: NodeAligner(graph.nodes) for root, graph in eager.items()}
@@ -124,7 +106,9 @@ def _place_nodes(table: EventTable, nesting: Nesting, tops: Int64, places: Place
         if key not in known:
             known[key] = _align(call, table, places, root, eager[root], aligners[root])
         found = known[key]
-        for method, chosen in (("order", found.confidence == 1.0), ("partial_order", found.confidence < 1.0)):
+        exact = found.confidence == 1.0
+        kinds: tuple[tuple[Method, NDArray[np.bool_]], ...] = (("order", exact), ("partial_order", ~exact))
+        for method, chosen in kinds:
             rows_found = call[found.members[chosen]]
             places.put(
                 rows_found,
@@ -163,16 +147,10 @@ def _align(
     found = [(place, match) for place, match in enumerate(aligner.align_call(ops)) if match is not None]
     return _Matches(
         members=np.array([place for place, _ in found], np.int64),
-        labels=np.array([node_label(places, root, graph, match.index) for _, match in found], np.int64),
+        labels=np.array([places.node_id(root, graph, match.index) for _, match in found], np.int64),
         paths=np.array([places.path_id(graph.nodes[match.index].module_path or "") for _, match in found], np.int64),
         confidence=np.array([match.confidence for _, match in found]),
     )
-
-
-def node_label(places: Places, root: int, graph: RootGraph, index: int) -> int:
-    """Return the label id of one graph node."""
-    node = graph.nodes[index]
-    return places.label_id((root, index), Label(graph.prefix + node.name, (node,), root))
 
 
 def _hand_down(table: EventTable, nesting: Nesting, places: Places, own: Int64) -> None:

@@ -16,8 +16,8 @@ _OPTIMIZER_RANGE = "Optimizer."
 
 def place_optimizers(table: EventTable, nesting: Nesting, tops: Int64, places: Places) -> None:
     """Place the ops inside the ranges that torch.optim opens around `step` and `zero_grad`."""
-    ranges = np.isin(table.name, table.ids_of(_OPTIMIZER_RANGE)) & (table.kind == Kind.ANNOTATION)
-    rows = tops[(nesting.annotation[tops] >= 0)]
+    ranges = table.named(_OPTIMIZER_RANGE) & (table.kind == Kind.ANNOTATION)
+    rows = tops[nesting.annotation[tops] >= 0]
     rows = rows[ranges[nesting.annotation[rows]]]
     for name_id in np.unique(table.name[nesting.annotation[rows]]).tolist():
         # "Optimizer.step#AdamW.step"
@@ -33,7 +33,7 @@ def place_gradients(
 
     Source: autograd runs one AccumulateGrad node per parameter, without a sequence number of its own.
     """
-    rows = tops[np.isin(table.name[tops], table.ids_of(_ACCUMULATION))]
+    rows = tops[table.named(_ACCUMULATION)[tops]]
     unnamed = rows[nesting.gradient[rows] < 0]
     label = places.label_id("param_grad", Label("param_grad")) if len(unnamed) else -1
     places.put(unnamed, "param_grad", "range", label=label, path=-1)
@@ -52,8 +52,8 @@ def place_backward(table: EventTable, nesting: Nesting, tops: Int64, places: Pla
     An op that makes no autograd node peeks at the number that the next one takes, so of all forward ops with a number
     the last is the one that took it. A backward op whose forward op ran before the profile has no owner.
     """
-    is_backward = np.isin(table.name, table.ids_of(BACKWARD_PREFIX))
-    rows = tops[is_backward[tops] & ~np.isin(table.name[tops], table.ids_of(_ACCUMULATION))]
+    is_backward = table.named(BACKWARD_PREFIX)
+    rows = tops[is_backward[tops] & ~table.named(_ACCUMULATION)[tops]]
     if not len(rows):
         return
     top = np.maximum(nesting.top_op, 0)

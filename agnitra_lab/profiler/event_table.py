@@ -130,7 +130,6 @@ _BOOKKEEPING = frozenset(
 )  # fmt: skip
 # Names that only ops of the CPU have: their kind need not be asked for, event by event.
 _SURE_OPS = ("aten::", "autograd::", "torch::autograd::", "prims::", "Torch-Compiled Region", "## Call CompiledFxGraph")
-_SURE_MARKER = MARKER_PREFIX
 BACKWARD_PREFIX = "autograd::engine::evaluate_function: "
 
 
@@ -195,7 +194,7 @@ def _kinds(events: list[Any], codes: NDArray[np.int32], names: list[str]) -> NDA
 
 def _kind(event: Any, name: str) -> Kind:
     is_cpu = event.device_type().name == "CPU"
-    if name.startswith(_SURE_MARKER):
+    if name.startswith(MARKER_PREFIX):
         return Kind.MARKER if is_cpu else Kind.ANNOTATION
     is_annotation = bool(event.is_user_annotation())
     if not is_cpu:

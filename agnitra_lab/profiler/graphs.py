@@ -18,8 +18,8 @@ from agnitra_lab.graph.capture import capture, original_module
 from agnitra_lab.graph.compiled import capture_compiled
 from agnitra_lab.graph.nodes import read_nodes
 from agnitra_lab.graph.semantics import Phase, analyse
-from agnitra_lab.profiler.attribution import RootGraph
 from agnitra_lab.profiler.markers import RootCall, signature_of
+from agnitra_lab.profiler.places import RootGraph
 
 # A cell that calls hundreds of small modules by hand would otherwise wait for as many traces.
 MAX_ROOTS = 8

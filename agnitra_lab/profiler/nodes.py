@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agnitra_lab.contracts import DevicePeaks, GraphNode, NodeEvent, OpEvent
@@ -142,10 +142,10 @@ def _roofline_share(
     return max(floors_ms) / latency_ms if floors_ms else None
 
 
-def peak_dtype(nodes: Mapping[str, GraphNode] | Sequence[GraphNode]) -> str | None:
+def peak_dtype(nodes: Sequence[GraphNode]) -> str | None:
     """Return the dtype in which most of the FLOPs are done, None without FLOPs."""
     spent: dict[str, float] = {}
-    for node in nodes.values() if isinstance(nodes, Mapping) else nodes:
+    for node in nodes:
         if node.flops and node.dtype:
             spent[node.dtype] = spent.get(node.dtype, 0.0) + node.flops
     return max(spent, key=lambda dtype: spent[dtype], default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -14,8 +14,8 @@ from agnitra_lab.contracts.telemetry import Method, Owner
 from agnitra_lab.profiler.event_table import EventTable, Int64
 from agnitra_lab.profiler.sweep import Nesting
 
-OWNERS: tuple[str, ...] = get_args(Owner)
-METHODS: tuple[str, ...] = get_args(Method)
+OWNERS: tuple[Owner, ...] = get_args(Owner)
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,23 @@ class Label:
     nodes: tuple[GraphNode, ...] = ()
     root: int = -1
     op: str | None = None
+
+
+@dataclass(frozen=True)
+class RootGraph:
+    """The graph of one root call.
+
+    Attributes:
+        nodes: in execution order.
+        prefix: what the printed names of its nodes start with, where a profile has several graphs.
+        origin_of: of a compiled root, names of nodes that its compiler made -> names in `nodes`.
+        is_compiled: whether torch.compile runs the root.
+    """
+
+    nodes: tuple[GraphNode, ...]
+    prefix: str = ""
+    origin_of: Mapping[str, str] = field(default_factory=dict)
+    is_compiled: bool = False
 
 
 @dataclass
@@ -73,8 +90,8 @@ class Places:
     def put(
         self,
         rows: Int64 | Sequence[int] | int,
-        owner: str | None,
-        method: str | None,
+        owner: Owner | None,
+        method: Method | None,
         *,
         confidence: Any = 1.0,
         path: Any = None,
@@ -90,7 +107,7 @@ class Places:
             self.label[rows] = label
 
     @staticmethod
-    def method_id(name: str) -> int:
+    def method_id(name: Method) -> int:
         """Return the index of a method."""
         return METHODS.index(name)
 
@@ -115,6 +132,11 @@ class Places:
             self.labels.append(label)
         return self._label_ids[key]
 
+    def node_id(self, root: int, graph: RootGraph, index: int) -> int:
+        """Return the label id of one node of a root's graph."""
+        node = graph.nodes[index]
+        return self.label_id((root, index), Label(graph.prefix + node.name, (node,), root))
+
     def groups(self, *others: NDArray[Any]) -> tuple[Int64, Int64]:
         """Group rows of equal place (and of equal values in `others`).
 
@@ -135,6 +157,16 @@ class Places:
         """Return the printed node of a row."""
         label = int(self.label[row])
         return self.labels[label].text if label >= 0 else None
+
+    def owner_name(self, row: int) -> Owner | None:
+        """Return the owner of a row, None for the residual."""
+        owner = int(self.owner[row])
+        return OWNERS[owner] if owner >= 0 else None
+
+    def method_name(self, row: int) -> Method | None:
+        """Return how the place of a row is known."""
+        method = int(self.method[row])
+        return METHODS[method] if method >= 0 else None
 
     def module_path(self, row: int) -> str | None:
         """Return the module path of a row."""

@@ -30,7 +30,7 @@ from agnitra_lab.profiler.places import Attribution
 from agnitra_lab.profiler.regions import COMPILING_LABEL, PROGRAM_CALL, REGION
 from agnitra_lab.profiler.rows import OpTables, RowKey, first_shapes, sum_rows
 from agnitra_lab.profiler.session import ProfilerSession
-from agnitra_lab.profiler.sweep import Nesting, sweep
+from agnitra_lab.profiler.sweep import GRAPH_LAUNCHES, Nesting, sweep
 from agnitra_lab.profiler.telemetry import Telemetry
 from agnitra_lab.profiler.timeline import busy_ms, idle_of, timeline_of
 
@@ -123,7 +123,6 @@ def build_telemetry(capture: Capture) -> Telemetry:
         all_kernels=tables.kernels,
         all_nodes=nodes,
         graph=_main_graph(graphs, attribution),
-        graph_nodes=graphs.nodes(),
         graph_capture_ms=graphs.capture_ms,
         attribution=attribution,
         memory_timeline=memory,
@@ -152,7 +151,7 @@ def _graphs(markers: ModuleMarkers, table: EventTable, nesting: Nesting) -> Root
 def _compiled_rows(table: EventTable, nesting: Nesting) -> NDArray[np.int64]:
     """Return, inside root calls, the rows of compiled regions and of the ops that launched a CUDA graph."""
     regions = np.flatnonzero(table.named(REGION, PROGRAM_CALL) & (table.kind == Kind.OP))
-    launches = np.flatnonzero(table.named("cudaGraphLaunch") & (table.kind == Kind.RUNTIME))
+    launches = np.flatnonzero(table.named(*GRAPH_LAUNCHES) & (table.kind == Kind.RUNTIME))
     hosts = np.flatnonzero(table.kind <= Kind.MARKER)
     launchers = hosts[np.isin(table.correlation[hosts], table.linked[launches])]
     rows = np.concatenate([regions, launchers])

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from agnitra_lab.contracts import GraphNode
+from agnitra_lab.contracts.telemetry import Method
+from agnitra_lab.graph.compiled import meant_by
 from agnitra_lab.profiler.alignment import NodeAligner
 from agnitra_lab.profiler.event_table import EventTable, Int64, Kind
 from agnitra_lab.profiler.inductor import Launch, Program, best_program, match_ops
-from agnitra_lab.profiler.places import Label, Places, common_path
+from agnitra_lab.profiler.places import Label, Places, RootGraph, common_path
 from agnitra_lab.profiler.sweep import Nesting
-
-if TYPE_CHECKING:
-    from agnitra_lab.profiler.attribution import RootGraph
 
 REGION = "Torch-Compiled Region"
 PROGRAM_CALL = "## Call CompiledFxGraph"
@@ -84,18 +82,19 @@ class NodeSets:
         for row, match in zip(rows.tolist(), matches, strict=True):
             if match is not None:
                 node = graph.nodes[match.index]
-                label = self._places.label_id((root, match.index), Label(graph.prefix + node.name, (node,), root))
-                method = "order" if match.confidence == 1.0 else "partial_order"
+                label = self._places.node_id(root, graph, match.index)
+                method: Method = "order" if match.confidence == 1.0 else "partial_order"
                 path = self._places.path_id(node.module_path)
                 self._places.put(row, "fx_node", method, confidence=match.confidence, label=label, path=path)
                 placed.append(row)
         return np.array(placed, np.int64)
 
     def _resolve(self, root: int, name: str, is_backward: bool) -> GraphNode | None:
-        """Find a node by Inductor's name for it: a name in both graphs is the backward one's in a backward program."""
-        nodes = self._nodes.get(root, {})
-        origin = self._graphs[root].origin_of.get(name) if root in self._graphs else None
-        return nodes.get((origin or name) if is_backward or name not in nodes else name)
+        """Find a node by Inductor's name for it."""
+        if root not in self._graphs:
+            return None
+        nodes = self._nodes[root]
+        return nodes.get(meant_by(name, nodes, self._graphs[root].origin_of, is_backward=is_backward))
 
 
 def place_regions(

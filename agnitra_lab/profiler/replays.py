@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from agnitra_lab.profiler.event_table import EventTable, Int64, Kind
 from agnitra_lab.profiler.inductor import Program, best_program, match_kernels
-from agnitra_lab.profiler.places import Attribution, Label, Places
+from agnitra_lab.profiler.places import Attribution, Label, Places, RootGraph
 from agnitra_lab.profiler.regions import NodeSets
+from agnitra_lab.profiler.sweep import Nesting, replayed
 
-if TYPE_CHECKING:
-    from agnitra_lab.profiler.attribution import RootGraph
-
-_GRAPH_LAUNCHES = ("cudaGraphLaunch", "cuGraphLaunch")
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemsetAsync", "cudaMemcpyAsync", "cudaLaunchCooperativeKernel")
 _BEGIN, _END = "cudaStreamBeginCapture", "cudaStreamEndCapture"
 _MIN_AGREEMENT = 0.8
@@ -42,7 +38,7 @@ def place_replays(
         reference: see above.
     """
     table, nesting, places = attribution.table, attribution.nesting, attribution.places
-    groups = _groups(table, nesting.launch)
+    groups = _groups(table, nesting)
     if not groups:
         return
     captures = _captures(attribution)
@@ -63,10 +59,9 @@ def place_replays(
             places.put(unknown, None, None, confidence=0.0)
 
 
-def _groups(table: EventTable, launch: Int64) -> list[Int64]:
-    is_graph = np.isin(table.name, table.ids_of(*_GRAPH_LAUNCHES)) & (table.kind == Kind.RUNTIME)
-    kernels = np.flatnonzero((table.kind == Kind.KERNEL) & (launch >= 0))
-    kernels = kernels[is_graph[launch[kernels]]]
+def _groups(table: EventTable, nesting: Nesting) -> list[Int64]:
+    launch = nesting.launch
+    kernels = np.flatnonzero((table.kind == Kind.KERNEL) & replayed(table, nesting))
     kernels = kernels[np.lexsort((table.start_ns[kernels], launch[kernels]))]
     return [rows for rows in np.split(kernels, np.flatnonzero(np.diff(launch[kernels])) + 1) if len(rows)]
 

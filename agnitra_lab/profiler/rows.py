@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from agnitra_lab.contracts import Bottleneck, KernelEvent, OpEvent, OwnerShares
 from agnitra_lab.profiler.event_table import Int64, Kind
 from agnitra_lab.profiler.places import METHODS, OWNERS, Attribution, Label
+from agnitra_lab.profiler.sweep import replayed
 
 RowKey = tuple[str, str | None, str | None]
 """Op, module path and printed node of a row."""
@@ -87,14 +88,15 @@ def sum_rows(
         The tables.
     """
     places = attribution.places
-    sums = sorted(_sum_ops(attribution), key=lambda entry: -_latency_ns(entry, has_device))
+    names = _op_names(attribution)
+    sums = sorted(_sum_ops(attribution, names), key=lambda entry: -_latency_ns(entry, has_device))
     total_ns = sum(_latency_ns(entry, has_device) for entry in sums)
     rows = []
     for entry in sums:
         latency_ns = _latency_ns(entry, has_device)
         label = _label(attribution, entry.row)
         key = entry.op, places.module_path(entry.row), places.node_name(entry.row)
-        owner, method = int(places.owner[entry.row]), int(places.method[entry.row])
+        owner = places.owner_name(entry.row)
         rows.append(
             OpEvent(
                 op=entry.op,
@@ -106,14 +108,14 @@ def sum_rows(
                 shape=shapes.get(key, ()) if shapes is not None else _node_shape(label),
                 node=key[2],
                 module_path=key[1],
-                owner=OWNERS[owner] if owner >= 0 else None,  # type: ignore[arg-type]
-                method=METHODS[method] if method >= 0 else None,  # type: ignore[arg-type]
-                confidence=float(places.confidence[entry.row]) if owner >= 0 else None,
+                owner=owner,
+                method=places.method_name(entry.row),
+                confidence=float(places.confidence[entry.row]) if owner is not None else None,
             )
         )
     return OpTables(
         ops=tuple(rows),
-        kernels=_sum_kernels(attribution, num_calls),
+        kernels=_sum_kernels(attribution, names, num_calls),
         total_self_ms=total_ns / num_calls / 1e6,
         owners=_owner_shares(attribution, sums, has_device, total_ns) if total_ns else None,
         bottleneck=_bottleneck(rows[0], _label(attribution, sums[0].row)) if rows and total_ns else None,
@@ -121,28 +123,48 @@ def sum_rows(
     )
 
 
-def _sum_ops(attribution: Attribution) -> list[Sum]:
+@dataclass(frozen=True)
+class _OpNames:
+    """The op of every op and kernel: an op its own, a kernel that of its launch.
+
+    Attributes:
+        names: of ops, and of the ops of labels after them.
+        index: into `names`; -1 for a kernel without an op.
+        is_launched: kernels that an op on the time line launched.
+    """
+
+    names: list[str]
+    index: Int64
+    is_launched: NDArray[np.bool_]
+
+
+def _op_names(attribution: Attribution) -> _OpNames:
+    table, nesting, places = attribution.table, attribution.nesting, attribution.places
+    is_kernel = table.kind == Kind.KERNEL
+    launcher = np.maximum(nesting.launcher, 0)
+    is_replayed = is_kernel & replayed(table, nesting)
+    is_launched = is_kernel & (nesting.launcher >= 0) & (table.kind[launcher] == Kind.OP) & ~is_replayed
+    index = np.where(is_launched, table.name[launcher], np.where(is_kernel, -1, table.name)).astype(np.int64)
+    # What a replay runs was launched when its graph was captured: the node's own op says by what.
+    known = is_replayed & (places.label >= 0)
+    index[known] = len(table.names) + places.label[known]
+    return _OpNames([*table.names, *map(_label_op, places.labels)], index, is_launched)
+
+
+def _sum_ops(attribution: Attribution, ops: _OpNames) -> list[Sum]:
     table, nesting, places = attribution.table, attribution.nesting, attribution.places
     is_op = (table.kind == Kind.OP) & ~nesting.is_own
     is_kernel = (table.kind == Kind.KERNEL) & ~nesting.is_own
-    # A kernel without a launching op (a Triton kernel under a marker, an unknown replay) is a row of its own.
-    launcher = np.maximum(nesting.launcher, 0)
-    is_replayed = _is_replayed(attribution)
-    has_op = is_kernel & (nesting.launcher >= 0) & is_op[launcher] & ~is_replayed
-    names = [*table.names, *(_label_op(label) for label in places.labels)]
-    op_name = np.where(has_op, table.name[launcher], table.name).astype(np.int64)
-    # What a replay runs was launched when its graph was captured: the node's own op says by what.
-    known = is_kernel & is_replayed & (places.label >= 0)
-    op_name[known] = len(table.names) + places.label[known]
-    rows = np.flatnonzero(is_op | is_kernel)
+    # A kernel without an op (a Triton kernel under a marker, an unknown replay) is a row of its own.
+    op_name = np.where(ops.index >= 0, ops.index, table.name)
     group, first = places.groups(np.where(is_op | is_kernel, op_name, -1))
     size = len(first)
     cpu_ns = _total(group, np.where(is_op, nesting.self_ns, 0), size)
     device_ns = _total(group, np.where(is_kernel, table.duration_ns, 0), size)
-    num_calls = np.bincount(group[is_op | (is_kernel & ~has_op)], minlength=size)
-    wanted = np.unique(group[rows])
+    num_calls = np.bincount(group[is_op | (is_kernel & ~ops.is_launched)], minlength=size)
+    wanted = np.unique(group[is_op | is_kernel])
     return [
-        Sum(int(first[g]), names[op_name[first[g]]], int(cpu_ns[g]), int(device_ns[g]), int(num_calls[g]))
+        Sum(int(first[g]), ops.names[op_name[first[g]]], int(cpu_ns[g]), int(device_ns[g]), int(num_calls[g]))
         for g in wanted.tolist()
     ]
 
@@ -151,64 +173,42 @@ def _label_op(label: Label) -> str:
     return label.op or (label.nodes[-1].op if label.nodes else label.text)
 
 
-def _is_replayed(attribution: Attribution) -> NDArray[np.bool_]:
-    """Return which kernels a CUDA graph launched: what is around the launch is not the op that they belong to."""
-    table, launch = attribution.table, attribution.nesting.launch
-    is_graph = table.named("cudaGraphLaunch", "cuGraphLaunch")
-    return (launch >= 0) & is_graph[np.maximum(launch, 0)]
-
-
 def _total(group: Int64, values: NDArray[Any], size: int) -> Int64:
     # Sums below 2**53 ns (104 days) are exact in the float64 of bincount.
     return np.bincount(group, weights=values, minlength=size).astype(np.int64)
 
 
-def _sum_kernels(attribution: Attribution, num_calls: int) -> tuple[KernelEvent, ...]:
+def _sum_kernels(attribution: Attribution, ops: _OpNames, num_calls: int) -> tuple[KernelEvent, ...]:
     table, nesting, places = attribution.table, attribution.nesting, attribution.places
     kernels = np.flatnonzero((table.kind == Kind.KERNEL) & ~nesting.is_own)
     if not len(kernels):
         return ()
-    launcher = nesting.launcher
-    is_replayed = _is_replayed(attribution)
-    is_op = (launcher >= 0) & (table.kind[np.maximum(launcher, 0)] == Kind.OP) & ~is_replayed
-    op_name = np.where(is_op, table.name[np.maximum(launcher, 0)], -1).astype(np.int64)
-    known = is_replayed & (places.label >= 0)
-    op_name[known] = len(table.names) + places.label[known]
-    group, first = places.groups(table.name, op_name, table.kind)
+    group, first = places.groups(table.name, ops.index, table.kind)
     device_ns = _total(group[kernels], table.duration_ns[kernels], len(first))
     launches = np.bincount(group[kernels], minlength=len(first))
     order = sorted(np.unique(group[kernels]).tolist(), key=lambda g: -int(device_ns[g]))
     return tuple(
-        _kernel_event(
-            attribution, int(first[g]), int(op_name[first[g]]), int(device_ns[g]), int(launches[g]), num_calls
-        )
-        for g in order
+        _kernel_event(attribution, ops, int(first[g]), int(device_ns[g]), int(launches[g]), num_calls) for g in order
     )
 
 
 def _kernel_event(
-    attribution: Attribution, row: int, op_name: int, device_ns: int, num_launches: int, num_calls: int
+    attribution: Attribution, ops: _OpNames, row: int, device_ns: int, num_launches: int, num_calls: int
 ) -> KernelEvent:
     table, places = attribution.table, attribution.places
-    owner, method = int(places.owner[row]), int(places.method[row])
+    op = int(ops.index[row])
+    owner = places.owner_name(row)
     return KernelEvent(
         kernel=table.name_of(row),
         device_ms=device_ns / num_calls / 1e6,
         num_launches=max(1, round(num_launches / num_calls)),
-        op=_op_name(attribution, op_name),
+        op=ops.names[op] if op >= 0 else None,
         node=places.node_name(row),
         module_path=places.module_path(row),
-        owner=OWNERS[owner] if owner >= 0 else None,  # type: ignore[arg-type]
-        method=METHODS[method] if method >= 0 else None,  # type: ignore[arg-type]
-        confidence=float(places.confidence[row]) if owner >= 0 else None,
+        owner=owner,
+        method=places.method_name(row),
+        confidence=float(places.confidence[row]) if owner is not None else None,
     )
-
-
-def _op_name(attribution: Attribution, index: int) -> str | None:
-    if index < 0:
-        return None
-    names = attribution.table.names
-    return names[index] if index < len(names) else _label_op(attribution.places.labels[index - len(names)])
 
 
 def _owner_shares(attribution: Attribution, sums: Sequence[Sum], has_device: bool, total_ns: int) -> OwnerShares:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from agnitra_lab.profiler.event_table import EventTable, Int64, Kind
 from agnitra_lab.profiler.markers import GRADIENT_PREFIX, MARKER_PREFIX, OWN_RANGE
 
+GRAPH_LAUNCHES = ("cudaGraphLaunch", "cuGraphLaunch")
+
 
 @dataclass
 class Nesting:
@@ -175,6 +177,12 @@ def _link_kernels(table: EventTable, nesting: Nesting) -> None:
     for column in (nesting.module, nesting.root_event, nesting.top_op, nesting.annotation, nesting.gradient):
         column[kernels[known]] = column[launcher[known]]
     nesting.is_own[kernels[known]] = nesting.is_own[launcher[known]]
+
+
+def replayed(table: EventTable, nesting: Nesting) -> NDArray[np.bool_]:
+    """Return which kernels a CUDA graph launched: what is around the launch is not the op that they belong to."""
+    is_graph = table.named(*GRAPH_LAUNCHES) & (table.kind == Kind.RUNTIME)
+    return (nesting.launch >= 0) & is_graph[np.maximum(nesting.launch, 0)]
 
 
 def _rows_of(ids: Int64, rows: Int64, wanted: Int64) -> Int64:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from agnitra_lab.contracts import (
     Bottleneck,
     GraphHandoff,
-    GraphNode,
     KernelEvent,
     NodeEvent,
     OpEvent,
@@ -41,7 +40,6 @@ class Telemetry:
         all_kernels: every row of the kernel table, largest first.
         all_nodes: every row of the node table, in graph order; their times sum to `record.total_self_ms`.
         graph: the captured graph of the root module that took the most time, None when there is none.
-        graph_nodes: (printed name, node) of every captured graph, in execution order.
         graph_capture_ms: what tracing the graphs took, after the profile.
         attribution: every event with its place, None when the body ran unprofiled.
         memory_timeline: of the memory pass, None without one.
@@ -53,7 +51,6 @@ class Telemetry:
     all_kernels: tuple[KernelEvent, ...] = ()
     all_nodes: tuple[NodeEvent, ...] = ()
     graph: GraphHandoff | None = None
-    graph_nodes: tuple[tuple[str, GraphNode], ...] = ()
     graph_capture_ms: float = 0.0
     attribution: Attribution | None = None
     memory_timeline: pd.DataFrame | None = None

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from profiler import growth_figures  # the script beside this one
 from torch.profiler import ProfilerActivity
 
-from agnitra_lab.contracts import Workload
+from agnitra_lab.device.graphs import capture
 from agnitra_lab.device.info import describe
 from agnitra_lab.profiler.capture import profile
 from agnitra_lab.profiler.markers import ModuleMarkers
@@ -106,27 +106,17 @@ def capture_ratio(call: Callable[[], Any], num_rounds: int) -> dict[str, float]:
     }
 
 
-def replayed(workload: Workload) -> Callable[[], Any]:
-    """Capture one call as a CUDA graph by hand, as users do, and return its replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            workload()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        workload()
-    return graph.replay
-
-
 def inference_captures(name: str, scale: str) -> Any:
     """Yield (topic, telemetry, more figures) for one demo: eager, compiled, reduce-overhead, a graph by hand."""
     workload = demo(name, scale=scale, device="cuda")
     with torch.no_grad():
         eager = profile(workload)
         yield f"{name}-eager", eager, capture_ratio(workload, 7)
-        yield f"{name}-eager-cuda-graph", profile(replayed(workload), repeat=3, num_warmup=2, reference=eager), {}
+        yield (
+            f"{name}-eager-cuda-graph",
+            profile(capture(workload, num_warm_calls=3)[0].replay, repeat=3, num_warmup=2, reference=eager),
+            {},
+        )
         for topic, mode in (("compiled", None), ("reduce-overhead", "reduce-overhead")):
             torch._dynamo.reset()
             started_s = time.perf_counter()

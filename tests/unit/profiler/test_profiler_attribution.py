@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from agnitra_lab.contracts import GraphNode
 from agnitra_lab.profiler.alignment import NodeAligner
-from agnitra_lab.profiler.attribution import Context, RootGraph, attribute
+from agnitra_lab.profiler.attribution import Context, attribute
 from agnitra_lab.profiler.event_table import Kind, concatenate, read_events
 from agnitra_lab.profiler.inductor import read_program
-from agnitra_lab.profiler.places import METHODS, OWNERS
+from agnitra_lab.profiler.places import RootGraph
 from agnitra_lab.profiler.rows import sum_rows
 from agnitra_lab.profiler.sweep import sweep
 
@@ -144,9 +144,7 @@ def test_times_and_counts_are_per_call():
 
 def placed(attribution, row):
     places = attribution.places
-    owner, method = int(places.owner[row]), int(places.method[row])
-    names = (OWNERS[owner] if owner >= 0 else None, METHODS[method] if method >= 0 else None)
-    return (*names, places.module_path(row), places.node_name(row))
+    return places.owner_name(row), places.method_name(row), places.module_path(row), places.node_name(row)
 
 
 BACKWARD = [
