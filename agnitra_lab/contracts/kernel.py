@@ -1,4 +1,4 @@
-"""A generated kernel: source, callable, content hash."""
+"""A generated kernel (source, callable, content hash) and the place in a graph that it is for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from agnitra_lab.contracts.search import KernelConfig
+
+
+@dataclass(frozen=True)
+class Site:
+    """One kernel family at one shape: what is searched once, and shared by every node of the graph that is like it.
+
+    Attributes:
+        template: template name.
+        shape: as the template counts it, such as (rows, columns).
+        dtype: such as "bfloat16".
+    """
+
+    template: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def key(self) -> str:
+        """A deterministic name, such as "rms_norm/4096x2048/bfloat16"."""
+        return f"{self.template}/{'x'.join(map(str, self.shape))}/{self.dtype}"
+
+
+KernelSource = Callable[[str, tuple[int, ...], str], "Kernel | None"]
+"""(template, shape, dtype) -> the kernel to put there, None to leave the original ops."""
 
 
 @dataclass(frozen=True)

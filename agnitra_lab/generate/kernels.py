@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from agnitra_lab.contracts.search import KernelConfig, SearchResult, SearchSpace
+from agnitra_lab.contracts.kernel import Kernel, Site
+from agnitra_lab.contracts.search import KernelConfig, SearchSpace
 from agnitra_lab.contracts.suggestion import Suggestion
 from agnitra_lab.errors import TemplateError
 from agnitra_lab.generate import registry
 from agnitra_lab.generate.defaults import default_config
 from agnitra_lab.generate.render import render
-from agnitra_lab.graph.sites import Site
 
 Timer = Callable[..., float]
 
 
-def supported(found: Sequence[Site]) -> list[Site]:
-    """Keep the sites whose shape and dtype their template has a config for."""
-    kept = []
-    for site in found:
+class KernelBook:
+    """Which kernel stands at which site: the tuned one where there is one, else the rule of thumb.
+
+    It is what `patch` asks while it rewrites a graph, so it also knows afterwards which sites there are.
+
+    Attributes:
+        tuned: site -> the config that a search (or an earlier run) found.
+        sites: every site asked for, with the number of times.
+    """
+
+    def __init__(self, tuned: Mapping[Site, KernelConfig] | None = None, *, is_survey: bool = False) -> None:
+        """Make a book.
+
+        Args:
+            tuned: configs that were found.
+            is_survey: only record what is asked for, and have no kernel to give.
+        """
+        self.tuned = dict(tuned or {})
+        self.sites: Counter[Site] = Counter()
+        self._is_survey = is_survey
+        self._rendered: dict[str, Kernel] = {}
+
+    def __call__(self, template: str, shape: tuple[int, ...], dtype: str) -> Kernel | None:
+        """Return the kernel for one site, None where the template has no config for it."""
+        site = Site(template, tuple(shape), dtype.removeprefix("torch."))
         try:
-            default_config(site.template, site.shape, site.dtype)
+            config = self.tuned.get(site) or default_config(site.template, site.shape, site.dtype)
         except TemplateError:
-            continue
-        kept.append(site)
-    return kept
+            return None
+        self.sites[site] += 1
+        if self._is_survey:
+            return None
+        key = config.key()
+        if key not in self._rendered:
+            self._rendered[key] = render(config)
+        return self._rendered[key]
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """Every kernel that was given out, in the order of the first time."""
+        return list(self._rendered.values())
 
 
 def space_of(site: Site) -> SearchSpace:
@@ -58,21 +90,10 @@ def measure_on(device: torch.device, site: Site, timer: Timer) -> Callable[[Kern
 
     Args:
         device: where to run.
-        site: template, shape (rows, columns) and dtype.
+        site: template, shape and dtype.
         timer: `timer(call, device=...)` gives milliseconds.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = getattr(torch, site.dtype)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device, generator=generator).to(dtype)
-
-    if site.template == "rms_norm":
-        x, residual, weight = draw(*site.shape), draw(*site.shape), draw(site.shape[-1])
-        arguments: tuple[object, ...] = (x, weight, 1e-5)
-        options: dict[str, object] = {"residual": residual}
-    else:
-        arguments, options = (draw(*site.shape), draw(*site.shape)), {}
+    arguments, options = registry.load(site.template).example(site.shape, site.dtype, device)
 
     def measure(config: KernelConfig) -> float:
         kernel = render(config)
@@ -80,15 +101,6 @@ def measure_on(device: torch.device, site: Site, timer: Timer) -> Callable[[Kern
             return timer(lambda: kernel.call(*arguments, **options), device=device)
 
     return measure
-
-
-def chosen_configs(searches: Sequence[SearchResult], found: Sequence[Site]) -> list[KernelConfig]:
-    """The best config of each search, and the rule of thumb where a template was not searched."""
-    chosen = {search.space_template: search.best.config for search in searches if search.best is not None}
-    for site in found:
-        if site.template not in chosen:
-            chosen[site.template] = default_config(site.template, site.shape, site.dtype)
-    return [chosen[template] for template in sorted(chosen)]
 
 
 def _distance(config: KernelConfig, wanted: dict[str, int | None]) -> float:

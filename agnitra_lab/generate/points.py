@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+_SMALLEST_TILE = 1024
 
 
 def next_power_of_two(number: int) -> int:
@@ -82,3 +84,36 @@ def check_call(template: str, tensors: tuple[Any, ...], refusal: str | None, is_
             f"{template} is a GPU kernel and was given a tensor on {device_type}.",
             hint="Move the tensors to a CUDA device, or set TRITON_INTERPRET=1 before the import to check results.",
         )
+
+
+def row_rule(shape: tuple[int, ...], *, block_n: int, values_per_thread: int) -> dict[str, int]:
+    """Rule of thumb of a kernel over rows: short rows share a program, warps by the loads that each thread has.
+
+    Args:
+        shape: the tensor's shape; the last number is the row's length.
+        block_n: elements of a row that a program holds at once.
+        values_per_thread: how many of them a thread should hold.
+    """
+    num_rows = math.prod(shape[:-1])
+    # Few rows stay in programs of their own: the machine has more multiprocessors than rows.
+    rows = max(1, _SMALLEST_TILE // block_n) if num_rows >= 1024 else 1
+    warps = max(1, block_n * rows // (32 * values_per_thread))
+    return {"BLOCK_N": block_n, "ROWS_PER_PROGRAM": rows, "num_warps": min(16, warps), "num_stages": 2}
+
+
+def drawer(dtype: str, device: torch.device | str) -> Callable[..., torch.Tensor]:
+    """Return `draw(*shape)`: standard normal tensors of one dtype on one device, the same ones at each run."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(0)
+    name = dtype_name(dtype) or "float32"
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, generator=generator).to(getattr(torch, name))
+
+    return draw
+
+
+def itemsize(dtype: str) -> int:
+    """Return the bytes of one element of a dtype that templates take."""
+    return 4 if dtype_name(dtype) == "float32" else 2

@@ -16,9 +16,12 @@ TEMPLATES: dict[str, str] = {
 
 
 class Template(Protocol):
-    """The five public names of a template module."""
+    """The public names of a template module."""
 
+    PARAMS: tuple[str, ...]
+    """What a config chooses: names of block sizes and splits, then num_warps and num_stages."""
     kernel: Any
+    """The Triton function, or a tuple of them in the order in which they run."""
 
     def launch(self, params: dict[str, int], *tensors: Any, **options: Any) -> Any: ...
 
@@ -27,6 +30,18 @@ class Template(Protocol):
     def reference(self, *tensors: Any, **options: Any) -> Any: ...
 
     def supports(self, *tensors: Any) -> str | None: ...
+
+    def default(self, shape: tuple[int, ...], dtype: str) -> dict[str, int]:
+        """The rule of thumb: what each parameter should be near to, valid or not."""
+        ...
+
+    def example(self, shape: tuple[int, ...], dtype: str, device: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Random arguments and options of `launch` at a site of this shape, from a fixed seed."""
+        ...
+
+    def cost(self, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
+        """The least bytes that must move and the FLOPs of one call: what the roofline is counted from."""
+        ...
 
 
 def load(name: str) -> Template:

@@ -12,29 +12,29 @@ from agnitra_lab.contracts.search import KernelConfig
 from agnitra_lab.errors import TemplateError
 from agnitra_lab.generate import registry
 
-PARAMS = ("BLOCK_N", "ROWS_PER_PROGRAM", "num_warps", "num_stages")
 _LAUNCH_OPTIONS = ("num_warps", "num_stages")
-_LIMITS = {"BLOCK_N": 16384, "ROWS_PER_PROGRAM": 64, "num_warps": 32, "num_stages": 8}
-_POWERS_OF_TWO = ("BLOCK_N", "ROWS_PER_PROGRAM", "num_warps")
+_LIMITS = {"num_warps": 32, "num_stages": 8, "ROWS_PER_PROGRAM": 64, "SPLIT": 4096, "GROUP_M": 64}
+_LARGEST_BLOCK = 32768
+_ANY_WHOLE_NUMBER = ("num_stages", "SPLIT", "GROUP_M")
 
 
 def render(config: KernelConfig) -> Kernel:
     """Make a template concrete. The same config gives the same bytes, on every machine.
 
     Args:
-        config: template name and one value for each of BLOCK_N, ROWS_PER_PROGRAM, num_warps, num_stages.
+        config: template name and one value for each of the template's PARAMS.
 
     Returns:
-        The kernel; its `call` takes (x, weight, eps, residual=None, cast_before_weight=True) for rms_norm and
-        (gate, up, round_silu=True) for swiglu, runs on CUDA tensors, and can be traced by torch.compile.
+        The kernel; its `call` takes what the template's `launch` takes after the params, runs on CUDA tensors, and can
+        be traced by torch.compile.
 
     Raises:
         TemplateError: for an unknown template, an unknown or missing parameter, or a value out of its domain.
         MissingError: when triton cannot be imported.
     """
     template = registry.load(config.template)
-    _check_params(config)
-    source = _source(template.kernel, config)
+    _check_params(config, template.PARAMS)
+    source = _source(template.kernel, config, template.PARAMS)
     return Kernel(
         config=config,
         source=source,
@@ -50,27 +50,25 @@ def _bind(launch: Callable[..., Any], params: dict[str, int]) -> Callable[..., A
     return call
 
 
-def _check_params(config: KernelConfig) -> None:
-    given, expected = set(config.params), set(PARAMS)
-    if given != expected:
+def _check_params(config: KernelConfig, expected: tuple[str, ...]) -> None:
+    if set(config.params) != set(expected):
         raise TemplateError(
-            f"{config.template} was given the parameters {', '.join(sorted(given)) or 'none'}; "
-            f"it takes exactly {', '.join(PARAMS)}."
+            f"{config.template} was given the parameters {', '.join(sorted(config.params)) or 'none'}; "
+            f"it takes exactly {', '.join(expected)}."
         )
     for name, value in config.params.items():
-        is_in_domain = 1 <= value <= _LIMITS[name]
-        if name in _POWERS_OF_TWO and value & (value - 1):
-            is_in_domain = False
-        if not is_in_domain:
-            kind = "a power of two" if name in _POWERS_OF_TWO else "a whole number"
-            raise TemplateError(f"{config.template}: {name}={value}, but it must be {kind} from 1 to {_LIMITS[name]}.")
+        limit, is_power = _LIMITS.get(name, _LARGEST_BLOCK), name not in _ANY_WHOLE_NUMBER
+        if not 1 <= value <= limit or (is_power and value & (value - 1)):
+            kind = "a power of two" if is_power else "a whole number"
+            raise TemplateError(f"{config.template}: {name}={value}, but it must be {kind} from 1 to {limit}.")
 
 
-def _source(kernel: Any, config: KernelConfig) -> str:
-    constants = {name: config.params[name] for name in PARAMS if name not in _LAUNCH_OPTIONS}
+def _source(kernel: Any, config: KernelConfig, names: tuple[str, ...]) -> str:
+    constants = {name: config.params[name] for name in names if name not in _LAUNCH_OPTIONS}
     options = {name: config.params[name] for name in _LAUNCH_OPTIONS}
-    point = ", ".join(f"{name}={config.params[name]}" for name in PARAMS)
-    body = inspect.getsource(kernel.fn).strip("\n")
+    point = ", ".join(f"{name}={config.params[name]}" for name in names)
+    functions = kernel if isinstance(kernel, tuple) else (kernel,)
+    body = "\n\n\n".join(inspect.getsource(function.fn).strip("\n") for function in functions)
     if "NUM_STAGES: tl.constexpr" in body:
         constants["NUM_STAGES"] = config.params["num_stages"]
     lines = [

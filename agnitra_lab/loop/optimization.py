@@ -15,7 +15,7 @@ from agnitra_lab.benchmark.timing import measure_kernel
 from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.events import Event, EventName
 from agnitra_lab.contracts.graph import WorkloadProfile, WorkloadType
-from agnitra_lab.contracts.kernel import Kernel
+from agnitra_lab.contracts.kernel import Kernel, Site
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
 from agnitra_lab.contracts.report import Checkpoint, StageName
 from agnitra_lab.contracts.run import Kind, Meta
@@ -27,8 +27,7 @@ from agnitra_lab.device.peaks import measure_peaks
 from agnitra_lab.errors import AgnitraError, RollbackError, SearchError
 from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
-from agnitra_lab.generate.render import render
-from agnitra_lab.graph import semantics, sites
+from agnitra_lab.graph import semantics
 from agnitra_lab.llm.client import ChatClient
 from agnitra_lab.llm.settings import resolve as resolve_llm
 from agnitra_lab.loop import filing, preflight
@@ -36,6 +35,7 @@ from agnitra_lab.loop.result import Result
 from agnitra_lab.loop.settings import Settings
 from agnitra_lab.patch import candidates
 from agnitra_lab.patch.install import Patch
+from agnitra_lab.patch.survey import survey
 from agnitra_lab.profiler import capture
 from agnitra_lab.profiler.telemetry import Telemetry
 from agnitra_lab.refine import replay, search
@@ -67,7 +67,8 @@ class Optimization:
         self.profile_of_workload = WorkloadProfile(workload_type=WorkloadType.UNKNOWN, patterns=(), confidence=0.0)
         self.proposal: Proposal
         self.searches: list[SearchResult] = []
-        self.kernels: dict[str, Kernel] = {}
+        self.kernels = templates.KernelBook()
+        self._surveyed: list[Site] | None = None
         self.patches: dict[str, Patch] = {}
         self.results: list[CandidateResult] = []
         self.winner: CandidateResult | None = None
@@ -147,35 +148,49 @@ class Optimization:
             self.searches.append(result)
             best = result.best
             if best is not None and best.latency_ms is not None:
+                found_at = Site(result.space_template, result.shape, result.dtype).key()
                 notes.append(
-                    f"{site.template} {'x'.join(map(str, result.shape))}: {best.latency_ms * 1000:.1f} us after "
+                    f"{found_at}: {best.latency_ms * 1000:.1f} us after "
                     f"{len(result.trials)} of {result.num_configs} configs, {result.measured_on}"
                 )
         self._checkpoint("refine", "; ".join(notes), started, "done" if self.searches else "skipped")
         return self.searches
 
-    def generate(self) -> dict[str, Kernel]:
-        """Render the best configs as Triton kernels; their sources are filed by content hash."""
+    def generate(self) -> list[Kernel]:
+        """Render the best config of each site as a Triton kernel; the sources are filed by content hash."""
         started = time.monotonic()
-        chosen = templates.chosen_configs(self.searches, self._sites())
-        self.kernels = {config.template: render(config) for config in chosen}
-        for kernel in self.kernels.values():
+        self.kernels = templates.KernelBook(
+            {
+                Site(result.space_template, result.shape, result.dtype): result.best.config
+                for result in self.searches
+                if result.best is not None
+            }
+        )
+        sites = (
+            [Site(result.space_template, result.shape, result.dtype) for result in self.searches]
+            if why_no_kernels()
+            else self._sites()
+        )
+        for site in sites:
+            self.kernels(site.template, site.shape, site.dtype)
+        made = self.kernels.kernels
+        for kernel in made:
             self.run.write_text("perf", f"kernels/{kernel.name}.py", kernel.source)
         refusal = why_no_kernels()
-        line = ", ".join(kernel.name for kernel in self.kernels.values()) or "no kernel to render"
+        line = ", ".join(kernel.name for kernel in made) or "no kernel to render"
         self._checkpoint(
             "generate",
-            f"{line}; not installed: {refusal}" if refusal and self.kernels else line,
+            f"{line}; not installed: {refusal}" if refusal and made else line,
             started,
-            "done" if self.kernels else "skipped",
+            "done" if made else "skipped",
         )
-        return self.kernels
+        return made
 
     def patch(self) -> dict[str, Patch]:
         """Compile the candidates, within the budget."""
         started = time.monotonic()
         actions = [suggestion.action for suggestion in self.proposal.suggestions]
-        kernels = {} if why_no_kernels() else self.kernels
+        kernels = None if why_no_kernels() else self.kernels
         for candidate in candidates.plan(actions, self.device.type, only=self.settings.only):
             spent_s, budget_s = time.monotonic() - started, self.settings.budget_s
             if spent_s >= budget_s:
@@ -281,29 +296,39 @@ class Optimization:
         resolved = resolve_llm(given.llm_base_url, given.llm_api_key, given.llm_model, given.llm_deadline_s)
         return ChatClient(resolved) if resolved else None
 
-    def _sites(self) -> list[sites.Site]:
-        graph = self.telemetry.graph
-        return templates.supported(sites.template_sites(graph, self.profile_of_workload)) if graph else []
+    def _sites(self) -> list[Site]:
+        """Every place where a suggested template would go, most frequent first."""
+        if self._surveyed is None:
+            book = templates.KernelBook(is_survey=True)
+            asked = [suggestion.action for suggestion in self.proposal.suggestions]
+            # What measures backends leaves the shapes of the other sites alone.
+            survey(self.workload, [action for action in asked if action != "sdpa_backend"], book)
+            ranked = [site for site, _ in book.sites.most_common()]
+            # A replay answers for the nearest recorded shape: one site a template says all that it can.
+            if why_no_kernels() is not None:
+                ranked = list({site.template: site for site in reversed(ranked)}.values())
+            self._surveyed = ranked
+        return self._surveyed
 
-    def _search(self, site: sites.Site) -> SearchResult | None:
+    def _search(self, site: Site) -> SearchResult | None:
         given = self.settings
         if why_no_kernels() is None:
             measured_site, space = site, templates.space_of(site)
             measure = templates.measure_on(self.device, site, measure_kernel)
             measured_on = self.device_info.name
         else:
-            landscape = replay.nearest(site.template, site.shape)
+            landscape = replay.nearest(site.template, site.shape)  # type: ignore[arg-type]
             if landscape is None:
                 return None
             recorded = replay.load(landscape)
             space, measure, measured_on = recorded.space, recorded.measure, f"recorded: {recorded.device_name}"
-            measured_site = replace(site, shape=(recorded.shape[0], recorded.shape[1]), dtype=recorded.dtype)
+            measured_site = replace(site, shape=recorded.shape, dtype=recorded.dtype)
         seeds = templates.seed_configs(measured_site, self.proposal.suggestions)
         result = search.search(
             space, measure, sampler=given.sampler or "rl", max_trials=given.max_trials, seed=given.seed, seeds=seeds,
             measured_on=measured_on,
         )  # fmt: skip
-        self.run.write_json("cmaes", f"trials/{site.template}.json", result)
+        self.run.write_json("cmaes", f"trials/{site.key().replace('/', '__')}.json", result)
         return result
 
     def _compare(self, name: str, model: Callable[..., Any], budget_s: float) -> Comparison:

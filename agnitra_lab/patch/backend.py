@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from agnitra_lab.contracts.kernel import Kernel
+from agnitra_lab.contracts.kernel import KernelSource
 from agnitra_lab.contracts.patch import PatchDescriptor, Refusal
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.context import RewriteContext
@@ -24,7 +24,7 @@ class Backend:
 
     Args:
         actions: names of the rewrites and templates to apply; actions that are options are not its business.
-        kernels: op name -> kernel for the template actions.
+        kernels: gives the kernel for each site of the template actions.
         options: Inductor options for this compilation, as `torch.compile(options=...)` takes them.
         is_lowered: False runs the rewritten graph as it is, without Inductor.
 
@@ -39,12 +39,12 @@ class Backend:
         self,
         actions: Sequence[str] = (),
         *,
-        kernels: Mapping[str, Kernel] | None = None,
+        kernels: KernelSource | None = None,
         options: Mapping[str, Any] | None = None,
         is_lowered: bool = True,
     ) -> None:
         self.actions = [name for name in REWRITES if name in actions]
-        self.kernels = dict(kernels or {})
+        self.kernels = kernels
         self.options = dict(options or {})
         self.is_lowered = is_lowered
         self.descriptors: list[PatchDescriptor] = []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from agnitra_lab.contracts.actions import ACTIONS
-from agnitra_lab.contracts.kernel import Kernel
+from agnitra_lab.contracts.kernel import KernelSource
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import UsageError
 from agnitra_lab.patch.install import Patch, compile_mode, install
@@ -68,7 +68,7 @@ def check_name(name: str | None, device_type: str) -> None:
         raise UsageError(f"No candidate {name!r} here.", hint=f"Candidates: {', '.join(names)}.")
 
 
-def build(workload: Workload, candidate: Candidate, kernels: Mapping[str, Kernel]) -> Patch:
+def build(workload: Workload, candidate: Candidate, kernels: KernelSource | None) -> Patch:
     """Compile a candidate by running the workload once.
 
     Raises:

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from torch import Tensor, fx
 
 from agnitra_lab.contracts.actions import ACTIONS
-from agnitra_lab.contracts.kernel import Kernel
+from agnitra_lab.contracts.kernel import Kernel, KernelSource
 from agnitra_lab.contracts.patch import PatchDescriptor, Refusal
 from agnitra_lab.patch.ops import display_name
 from agnitra_lab.patch.weights import Build, DerivedWeight, WeightGuard
@@ -27,7 +27,6 @@ class RewriteContext:
 
     Attributes:
         graph_module: the graph being rewritten.
-        kernels: op name -> kernel, for the template actions.
         guard: checks derived weights before each call of this graph.
         refusals: what was not done, with the reason.
     """
@@ -36,13 +35,13 @@ class RewriteContext:
         self,
         graph_module: fx.GraphModule,
         example_inputs: Sequence[Any],
-        kernels: Mapping[str, Kernel],
+        kernels: KernelSource | None,
         shared: dict[tuple[Any, ...], DerivedWeight] | None = None,
         ordinals: dict[str, int] | None = None,
     ) -> None:
         self.graph_module = graph_module
         self.example_inputs = example_inputs
-        self.kernels = kernels
+        self._kernels = kernels
         self.guard = WeightGuard()
         self.refusals: list[Refusal] = []
         self._shared = {} if shared is None else shared
@@ -57,6 +56,15 @@ class RewriteContext:
         refusal = Refusal(action=action, reason=reason)
         if refusal not in self.refusals:
             self.refusals.append(refusal)
+
+    def kernel(self, template: str, shape: Sequence[int], dtype: torch.dtype) -> Kernel | None:
+        """Return the kernel to put at a site; None, with a refusal on record, when there is none for it."""
+        numbers = tuple(int(size) for size in shape)
+        name = str(dtype).removeprefix("torch.")
+        kernel = self._kernels(template, numbers, name) if self._kernels is not None else None
+        if kernel is None:
+            self.refuse(template, f"no {template} kernel was given for the shape {numbers} and {name}")
+        return kernel
 
     def real_tensor(self, node: Any) -> Tensor | None:
         """Return the real weight that a node stands for, None when it is computed or unknown."""

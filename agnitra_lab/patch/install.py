@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from agnitra_lab.contracts.actions import ACTIONS
-from agnitra_lab.contracts.kernel import Kernel
+from agnitra_lab.contracts.kernel import KernelSource
 from agnitra_lab.contracts.patch import PatchDescriptor, PatchLog, Refusal, RollbackProof
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import PatchError
@@ -136,7 +136,7 @@ def install(
     actions: Sequence[str],
     *,
     name: str,
-    kernels: Mapping[str, Kernel] | None = None,
+    kernels: KernelSource | None = None,
     options: Mapping[str, Any] | None = None,
     base_mode: str | None = None,
     is_lowered: bool = True,
@@ -147,7 +147,7 @@ def install(
         workload: model and inputs; the first call runs on these inputs, under no_grad.
         actions: names from `contracts.ACTIONS`.
         name: the candidate's name.
-        kernels: op name -> kernel, for the template actions.
+        kernels: gives the kernel for each site of the template actions.
         options: further Inductor options, as `torch.compile(options=...)` takes them.
         base_mode: a torch.compile mode whose options come first.
         is_lowered: False runs the rewritten graph without Inductor.
@@ -204,7 +204,7 @@ def eager(workload: Workload) -> Patch:
 def _compile(
     name: str, workload: Workload, before: _Before, how: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Patch:
-    compiled = torch.compile(_fresh_entry(workload.model), dynamic=False, **_isolation(), **how)
+    compiled = torch.compile(fresh_entry(workload.model), dynamic=False, **_isolation(), **how)
     signature = Signature(workload.args, workload.kwargs)
     is_cuda_graph = bool(options.get("triton.cudagraphs")) and _uses_cuda(workload)
     started = time.perf_counter()
@@ -258,7 +258,7 @@ def _failure(how: Mapping[str, Any]) -> Exception | None:
     return getattr(how.get("backend"), "failure", None)
 
 
-def _fresh_entry(model: Callable[..., Any]) -> Callable[..., Any]:
+def fresh_entry(model: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function with a code object of its own that calls the model.
 
     Dynamo keeps compiled code per code object. A candidate that compiled the model's own `forward` would share that

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
 from agnitra_lab.contracts.search import SearchSpace
-from agnitra_lab.generate.points import check_call, enumerate_space, next_power_of_two
+from agnitra_lab.generate.points import check_call, drawer, enumerate_space, itemsize, next_power_of_two, row_rule
 
+PARAMS = ("BLOCK_N", "ROWS_PER_PROGRAM", "num_warps", "num_stages")
 MAX_BLOCK_N = 16384
 MAX_TILE = 16384
 """Elements that one program may hold: 512 threads with 32 fp32 values each; above it registers spill."""
@@ -269,6 +270,23 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
         },
         is_valid,
     )
+
+
+def default(shape: tuple[int, ...], dtype: str) -> dict[str, int]:
+    """A whole row in one block where it fits, two 16-byte loads of bf16 a thread, short rows several to a program."""
+    return row_rule(shape, block_n=next_power_of_two(shape[-1]), values_per_thread=16)
+
+
+def example(shape: tuple[int, ...], dtype: str, device: torch.device | str) -> tuple[tuple[object, ...], dict]:
+    """Draw x [rows, N], weight [N] and a residual like x, from a fixed seed."""
+    draw = drawer(dtype, device)
+    return (draw(*shape), draw(shape[-1]), 1e-5), {"residual": draw(*shape)}
+
+
+def cost(shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
+    """Two streams in and two out, as with a residual; five operations an element."""
+    num_elements = math.prod(shape)
+    return 4 * num_elements * itemsize(dtype), 5 * num_elements
 
 
 def reference(

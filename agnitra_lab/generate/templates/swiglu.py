@@ -14,8 +14,9 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
 from agnitra_lab.contracts.search import SearchSpace
-from agnitra_lab.generate.points import check_call, enumerate_space, next_power_of_two
+from agnitra_lab.generate.points import check_call, drawer, enumerate_space, itemsize, next_power_of_two, row_rule
 
+PARAMS = ("BLOCK_N", "ROWS_PER_PROGRAM", "num_warps", "num_stages")
 MAX_TILE = 8192
 """Elements of gate that one program may hold: with up and the result about 96 fp32 values a thread at 8 warps."""
 
@@ -149,6 +150,23 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
         },
         is_valid,
     )
+
+
+def default(shape: tuple[int, ...], dtype: str) -> dict[str, int]:
+    """Blocks of 1024, one 16-byte load of bf16 a thread in each stream."""
+    return row_rule(shape, block_n=min(1024, next_power_of_two(shape[-1])), values_per_thread=8)
+
+
+def example(shape: tuple[int, ...], dtype: str, device: torch.device | str) -> tuple[tuple[object, ...], dict]:
+    """Draw gate and up, from a fixed seed."""
+    draw = drawer(dtype, device)
+    return (draw(*shape), draw(*shape)), {}
+
+
+def cost(shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
+    """Two streams in and one out; five operations an element."""
+    num_elements = math.prod(shape)
+    return 3 * num_elements * itemsize(dtype), 5 * num_elements
 
 
 def reference(gate: torch.Tensor, up: torch.Tensor, round_silu: bool = True) -> torch.Tensor:

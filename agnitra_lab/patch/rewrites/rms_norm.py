@@ -9,6 +9,7 @@ Source: RMSNorm (Zhang and Sennrich, arXiv 1910.07467, section 4); fused residua
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -33,10 +34,6 @@ def apply(
     Returns:
         One descriptor per norm.
     """
-    kernel = context.kernels.get(ACTION)
-    if kernel is None:
-        context.refuse(ACTION, "no rms_norm kernel was given")
-        return []
     norms = find_rms_norms(graph_module.graph)
     if not norms:
         context.refuse(ACTION, "the graph has no RMSNorm with a weight")
@@ -49,7 +46,11 @@ def apply(
         if problem:
             context.refuse(ACTION, problem)
             continue
-        descriptors.append(_replace(norm, x, kernel, context, moved))
+        fake = fake_of(x)
+        assert fake is not None
+        kernel = context.kernel(ACTION, (math.prod(fake.shape[:-1]), fake.shape[-1]), fake.dtype)
+        if kernel is not None:
+            descriptors.append(_replace(norm, x, kernel, context, moved))
     return descriptors
 
 

@@ -1,10 +1,12 @@
 """From a place in the graph to the configs that are measured there."""
 
+from agnitra_lab.contracts.kernel import Site
+from agnitra_lab.contracts.search import KernelConfig
 from agnitra_lab.contracts.suggestion import Suggestion
-from agnitra_lab.generate.kernels import chosen_configs, seed_configs, space_of, supported
-from agnitra_lab.graph.sites import Site
+from agnitra_lab.generate.defaults import default_config
+from agnitra_lab.generate.kernels import KernelBook, seed_configs, space_of
 
-SITE = Site("rms_norm", (4096, 2048), "bfloat16", 9)
+SITE = Site("rms_norm", (4096, 2048), "bfloat16")
 
 
 def suggestion(**fields: object) -> Suggestion:
@@ -12,8 +14,9 @@ def suggestion(**fields: object) -> Suggestion:
     return Suggestion(target_latency_ms=1.0, expected_latency_ms=1.0, rationale="r", source="llm:m", **given)
 
 
-def test_a_site_without_any_valid_config_is_left_out() -> None:
-    assert supported([SITE, Site("rms_norm", (4096, 2048), "float64", 9)]) == [SITE]
+def ask(book: KernelBook, site: Site = SITE) -> KernelConfig | None:
+    kernel = book(site.template, site.shape, site.dtype)
+    return kernel.config if kernel is not None else None
 
 
 def test_a_suggestion_only_chooses_among_the_valid_configs() -> None:
@@ -26,7 +29,26 @@ def test_suggestions_of_other_actions_seed_nothing() -> None:
     assert seed_configs(SITE, [suggestion(action="swiglu")]) == seed_configs(SITE, [])
 
 
-def test_a_template_that_was_not_searched_gets_the_rule_of_thumb() -> None:
-    chosen = chosen_configs([], [SITE])
-    assert [config.template for config in chosen] == ["rms_norm"]
-    assert chosen == seed_configs(SITE, [])
+def test_a_book_gives_the_rule_of_thumb_where_nothing_was_tuned() -> None:
+    assert ask(KernelBook()) == default_config("rms_norm", (4096, 2048), "bfloat16")
+
+
+def test_a_book_gives_the_tuned_config_at_its_own_site_alone() -> None:
+    tuned = space_of(SITE).configs[-1]
+    book = KernelBook({SITE: tuned})
+    assert ask(book) == tuned
+    assert ask(book, Site("rms_norm", (8, 64), "bfloat16")) == default_config("rms_norm", (8, 64), "bfloat16")
+
+
+def test_a_book_has_no_kernel_for_a_dtype_that_the_template_does_not_take() -> None:
+    book = KernelBook()
+    assert ask(book, Site("rms_norm", (4096, 2048), "float64")) is None
+    assert not book.sites
+
+
+def test_a_survey_counts_the_sites_and_gives_no_kernel() -> None:
+    book = KernelBook(is_survey=True)
+    assert ask(book) is None
+    assert ask(book) is None
+    assert book.sites == {SITE: 2}
+    assert book.kernels == []

