@@ -53,6 +53,7 @@ class Backend:
         self.failure: Exception | None = None
         self.guards: list[WeightGuard] = []
         self._graphs: list[_CompiledGraph] = []
+        self._recorder = _Recorder()
         self._ordinals: dict[str, int] = {}
         self._shared: dict[tuple[Any, ...], DerivedWeight] = {}
 
@@ -72,11 +73,24 @@ class Backend:
                 f"Inductor could not compile the rewritten graph: {type(error).__name__}: {_first_line(error)}.",
                 hint="The candidate is dropped; the original model is untouched.",
             ) from error
-        graph = _CompiledGraph(run, guard)
+        graph = _CompiledGraph(run, guard, self._recorder)
         self._graphs.append(graph)
         if guard.is_needed:
             self.guards.append(guard)
         return graph
+
+    def record(self, call: Callable[[], Any]) -> tuple[Any, list[GraphCall]]:
+        """Run something and note every call of this backend's graphs inside it.
+
+        Returns:
+            What it returned, and (the compiled graph, its arguments, its outputs) a call.
+        """
+        calls: list[GraphCall] = []
+        self._recorder.calls = calls
+        try:
+            return call(), calls
+        finally:
+            self._recorder.calls = None
 
     def release(self) -> None:
         """Let go of compiled code, derived weights and guards. Calls through this backend's graphs end here."""
@@ -113,14 +127,24 @@ class Backend:
         return context.guard
 
 
+GraphCall = tuple[Callable[..., Any], Sequence[Any], Any]
+
+
+class _Recorder:
+    """Where the graphs of one backend note their calls, while somebody listens."""
+
+    calls: list[GraphCall] | None = None
+
+
 class _CompiledGraph:
     """What Dynamo calls, and keeps for as long as it likes: `release` leaves it a shell that holds no memory."""
 
     # Dynamo wraps it and copies its `__dict__`, which would keep alive what `release` lets go.
-    __slots__ = ("_guard", "_run")
+    __slots__ = ("_guard", "_recorder", "_run")
 
-    def __init__(self, run: Callable[..., Any], guard: WeightGuard) -> None:
+    def __init__(self, run: Callable[..., Any], guard: WeightGuard, recorder: _Recorder) -> None:
         self._run: Callable[..., Any] | None = run
+        self._recorder = recorder
         self._guard = guard if guard.is_needed else None
 
     def __call__(self, *args: Any) -> Any:
@@ -128,7 +152,11 @@ class _CompiledGraph:
             self._guard(args)
         if self._run is None:
             raise PatchError("This graph was rolled back.", hint="Call the drop-in; it runs the original.")
-        return self._run(*args)
+        if self._recorder.calls is None:
+            return self._run(*args)
+        outputs = self._run(*args)
+        self._recorder.calls.append((self._run, args, outputs))
+        return outputs
 
     def release(self) -> None:
         self._run = self._guard = None

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree
 
+from agnitra_lab.patch.fast import FastPath
 from agnitra_lab.patch.frozen import FrozenWeights
-from agnitra_lab.patch.graphed import GraphedCall
+from agnitra_lab.patch.liveness import Surroundings
 from agnitra_lab.patch.signature import Signature
-from agnitra_lab.patch.weights import WeightGuard
 
 _GRAD_ADVICE = (
     "Gradients are enabled, so the original model runs. Call the optimised model inside torch.no_grad() or "
@@ -35,9 +35,12 @@ class OptimizedModel(nn.Module):
     Attributes:
         num_guard_misses: calls that ran the original path.
         guard_misses: the same by reason.
+        fast_path_misses: calls that went through Dynamo's guards because the model has changed since install (a new
+            weight, another attribute), by reason.
     """
 
     guard_misses: Counter[str]
+    fast_path_misses: Counter[str]
 
     def __init__(
         self,
@@ -47,7 +50,6 @@ class OptimizedModel(nn.Module):
         *,
         clones: tuple[bool, ...] | None = None,
         frozen: FrozenWeights | None = None,
-        graphed: GraphedCall | None = None,
     ) -> None:
         # nn.Module.__init__ would give it parameters, modules and a training flag of its own.
         module = original if isinstance(original, nn.Module) else nn.Module().eval()
@@ -56,12 +58,13 @@ class OptimizedModel(nn.Module):
             "_agnitra_module": module,
             "_agnitra_compiled": compiled,
             "_agnitra_signature": signature,
-            "_agnitra_context": _Context(module),
+            "_agnitra_context": Surroundings(module),
             "_agnitra_clones": clones,
             "_agnitra_frozen": frozen,
-            "_agnitra_graphed": graphed,
+            "_agnitra_fast": None,
             "_agnitra_has_warned": False,
             "guard_misses": Counter(),
+            "fast_path_misses": Counter(),
         }
         self.__dict__.update(own)
 
@@ -84,17 +87,18 @@ class OptimizedModel(nn.Module):
             return self._miss("gradients enabled", args, kwargs)
         if not own["_agnitra_signature"].matches(args, kwargs):
             return self._miss(own["_agnitra_signature"].explain(args, kwargs), args, kwargs)
+        fast_reason = None
+        if own["_agnitra_fast"] is not None:
+            outputs, fast_reason = own["_agnitra_fast"](args, kwargs)
+            if fast_reason is None:
+                return outputs
         reason = own["_agnitra_context"].difference()
         if reason is None and own["_agnitra_frozen"] is not None:
             reason = own["_agnitra_frozen"].difference()
-        graphed = own["_agnitra_graphed"]
-        if reason is None and graphed is not None:
-            reason = graphed.difference()
         if reason is not None:
             return self._miss(reason, args, kwargs)
-        if graphed is not None:
-            with torch.inference_mode(False):
-                return graphed(*args, **kwargs)
+        if fast_reason is not None:
+            own["fast_path_misses"][fast_reason] += 1
         clones = own["_agnitra_clones"]
         if clones is not None:
             torch.compiler.cudagraph_mark_step_begin()
@@ -123,20 +127,13 @@ class OptimizedModel(nn.Module):
         """Whether a compiled path is installed."""
         return self.__dict__["_agnitra_compiled"] is not None
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], guards: Sequence[WeightGuard]) -> None:
-        """Put one CUDA graph around the compiled call. It runs a few times: restore the model's state afterwards.
-
-        Raises:
-            PatchError: when the call cannot be captured; the compiled path stays as it was.
-        """
-        own = self.__dict__
-        own["_agnitra_graphed"] = GraphedCall(
-            own["_agnitra_compiled"], own["_agnitra_original"], args, kwargs, guards=guards
-        )
+    def take_fast_path(self, fast: FastPath | None) -> None:
+        """From now on run matching calls through `fast`; None for the compiled function itself."""
+        self.__dict__["_agnitra_fast"] = fast
 
     def unload(self) -> None:
         """Drop the compiled path for good: from now on every call is the original's."""
-        self.__dict__.update(_agnitra_compiled=None, _agnitra_frozen=None, _agnitra_graphed=None)
+        self.__dict__.update(_agnitra_compiled=None, _agnitra_frozen=None, _agnitra_fast=None)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith(_OWN):
@@ -184,39 +181,6 @@ class OptimizedModel(nn.Module):
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> OptimizedModel:
         self.__dict__["_agnitra_module"]._apply(fn, *args, **kwargs)
         return self
-
-
-class _Context:
-    """What surrounds a call: training flag, autocast, and hooks, compared with their state at install.
-
-    Dynamo does not look at hooks again after it has compiled (`skip_nnmodule_hook_guards`), so this does.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.training = module.training
-        tensors = [*module.parameters(), *module.buffers()]
-        self.device_types = sorted({"cpu", *(tensor.device.type for tensor in tensors)})
-        self.autocast = self._autocast()
-        tables = [table for owner in module.modules() for table in (owner._forward_hooks, owner._forward_pre_hooks)]
-        tables += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
-        self.empty = [table for table in tables if not table]
-        self.filled = [(table, list(table)) for table in tables if table]
-
-    def _autocast(self) -> list[Any]:
-        return [
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in self.device_types
-        ]
-
-    def difference(self) -> str | None:
-        """Return what differs from the state at install, None when nothing does."""
-        if self.module.training is not self.training:
-            return "training mode"
-        if self._autocast() != self.autocast:
-            return "autocast"
-        if any(self.empty) or any(list(table) != keys for table, keys in self.filled):
-            return "hooks changed"
-        return None
 
 
 def clone_outputs(outputs: Any, clones: tuple[bool, ...]) -> Any:

@@ -26,16 +26,17 @@ from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.backend import Backend
 from agnitra_lab.patch.dropin import OptimizedModel
 from agnitra_lab.patch.frozen import FrozenWeights
+from agnitra_lab.patch.options import (
+    OPTION_ACTIONS,
+    describe_option,
+    merge_options,
+    mode_options,
+    model_tensors,
+    uses_cuda,
+)
+from agnitra_lab.patch.paths import Paths
 from agnitra_lab.patch.rollback import Fingerprint, MutableState, fingerprint, keep_outputs, prove, run_original
 from agnitra_lab.patch.signature import Signature
-
-OPTION_ACTIONS: dict[str, dict[str, Any]] = {
-    "freezing": {"freezing": True},
-    # One graph around the whole call (patch/graphed.py) instead of Inductor's, with its wrapper in front of each.
-    "cuda_graph": {"triton.cudagraphs": False},
-    "max_autotune": {"max_autotune": True, "coordinate_descent_tuning": True},
-}
-"""What each action of kind "options" adds to the Inductor options."""
 
 # Candidates of one model share the code of its submodules where the graph breaks; this many of them fit.
 _RECOMPILE_LIMIT = 64
@@ -112,7 +113,7 @@ class _Before:
     """The original as it was: fingerprint, outputs, mutable state, and Dynamo's marks on tensors."""
 
     def __init__(self, workload: Workload) -> None:
-        self._marks = [(tensor, tensor.__dict__.get(_MARK)) for tensor in _weights(workload.model)]
+        self._marks = [(tensor, tensor.__dict__.get(_MARK)) for tensor in model_tensors(workload.model)]
         state = MutableState.of(workload)
         self.outputs: Any = keep_outputs(run_original(workload))
         self.state = state.only_written()
@@ -159,15 +160,14 @@ def install(
     unknown = [action for action in actions if action not in ACTIONS]
     if unknown:
         raise PatchError(f"Unknown action {unknown[0]!r}; known: {', '.join(ACTIONS)}.")
-    merged, taken, refusals = _merge_options(workload, actions, options or {}, base_mode)
+    merged, taken, refusals = merge_options(workload, actions, options or {}, base_mode)
     backend = Backend(actions, kernels=kernels, options=merged, is_lowered=is_lowered)
     before = _Before(workload)
     patch = _compile(name, workload, before, {"backend": backend}, merged)
-    if "cuda_graph" in taken:
-        refusals += _capture(patch, workload, before, backend)
-        taken = [action for action in taken if action not in {refusal.action for refusal in refusals}]
+    refusals += _take_fast_path(patch, workload, before, backend, should_capture="cuda_graph" in taken)
+    taken = [action for action in taken if action not in {refusal.action for refusal in refusals}]
     patch._backend = backend
-    patch._options = [_describe_option(action, merged) for action in taken]
+    patch._options = [describe_option(action, merged) for action in taken]
     patch._refusals = refusals
     if backend.num_graphs == 0:
         patch._refusals += [
@@ -187,10 +187,29 @@ def compile_mode(workload: Workload, mode: str) -> Patch:
     """
     from torch._dynamo.utils import counters
 
-    options = _mode_options(mode)
+    options = mode_options(mode)
     num_before = counters["stats"]["unique_graphs"]
     patch = _compile(f"torch.compile({mode})", workload, _Before(workload), {"mode": mode}, options)
     patch._num_graphs = counters["stats"]["unique_graphs"] - num_before
+    return patch
+
+
+def capture_eager(workload: Workload, name: str) -> Patch:
+    """Install the replay of the original model's own ops as one CUDA graph, with nothing compiled.
+
+    Raises:
+        PatchError: when the call cannot be captured, with the reason. The model is as it was.
+    """
+    before = _Before(workload)
+    started = time.perf_counter()
+    model = OptimizedModel(workload.model, workload.model, Signature(workload.args, workload.kwargs))
+    paths = Paths(workload, before.state, [model.__dict__["_agnitra_context"].difference])
+    try:
+        model.take_fast_path(paths.of_eager())
+    finally:
+        before.state.restore()
+    patch = Patch(name, workload, before, model, time.perf_counter() - started)
+    patch._options = [describe_option("cuda_graph", OPTION_ACTIONS["cuda_graph"])]
     return patch
 
 
@@ -206,7 +225,7 @@ def _compile(
 ) -> Patch:
     compiled = torch.compile(fresh_entry(workload.model), dynamic=False, **_isolation(), **how)
     signature = Signature(workload.args, workload.kwargs)
-    is_cuda_graph = bool(options.get("triton.cudagraphs")) and _uses_cuda(workload)
+    is_cuda_graph = bool(options.get("triton.cudagraphs")) and uses_cuda(workload)
     started = time.perf_counter()
     try:
         with ExitStack() as stack:
@@ -229,20 +248,19 @@ def _compile(
     return Patch(name, workload, before, model, compile_s)
 
 
-def _capture(patch: Patch, workload: Workload, before: _Before, backend: Backend) -> list[Refusal]:
-    """Put a CUDA graph around the compiled call; where that cannot be, say why and leave the call as it is."""
-    if backend.num_graphs != 1:
-        reason = f"Dynamo made {backend.num_graphs} graphs of the model; Python runs between them at each call"
-        return [Refusal(action="cuda_graph", reason=reason)]
+def _take_fast_path(
+    patch: Patch, workload: Workload, before: _Before, backend: Backend, *, should_capture: bool
+) -> list[Refusal]:
+    """Let calls go past Dynamo's guards where they can; where a CUDA graph cannot be, say why."""
+    own = patch.model.__dict__
+    frozen: FrozenWeights | None = own["_agnitra_frozen"]
+    checks = [own["_agnitra_context"].difference, *([frozen.difference] if frozen is not None else [])]
     started = time.perf_counter()
-    try:
-        patch.model.capture(workload.args, workload.kwargs, backend.guards)
-    except PatchError as error:
-        return [Refusal(action="cuda_graph", reason=error.message)]
-    finally:
-        before.state.restore()
+    paths = Paths(workload, before.state, checks)
+    path, reason = paths.of_compiled(own["_agnitra_compiled"], backend, should_capture=should_capture)
+    patch.model.take_fast_path(path)
     patch.compile_s = (patch.compile_s or 0.0) + time.perf_counter() - started
-    return []
+    return [Refusal(action="cuda_graph", reason=reason)] if should_capture and reason is not None else []
 
 
 def _undo(name: str, before: _Before, how: Mapping[str, Any], raised: Exception | None) -> PatchError:
@@ -280,50 +298,6 @@ def _isolation() -> dict[str, Any]:
     return {"isolate_recompiles": True} if "isolate_recompiles" in parameters else {}
 
 
-def _merge_options(
-    workload: Workload, actions: Sequence[str], options: Mapping[str, Any], base_mode: str | None
-) -> tuple[dict[str, Any], list[str], list[Refusal]]:
-    merged = {**(_mode_options(base_mode) if base_mode else {}), **options}
-    taken: list[str] = []
-    refusals: list[Refusal] = []
-    for action in (action for action in OPTION_ACTIONS if action in actions):
-        if ACTIONS[action].needs_cuda and not _uses_cuda(workload):
-            refusals.append(Refusal(action=action, reason="the workload has no tensor on a CUDA device"))
-            continue
-        if action == "freezing" and any(tensor.is_inference() for tensor in _weights(workload.model)):
-            reason = "a weight was made in inference mode and has no version counter, so updates could not be noticed"
-            refusals.append(Refusal(action=action, reason=reason))
-            continue
-        merged.update(OPTION_ACTIONS[action])
-        taken.append(action)
-    return merged, taken, refusals
-
-
-def _mode_options(mode: str) -> dict[str, Any]:
-    from torch._inductor import list_mode_options
-
-    try:
-        return dict(list_mode_options(mode))
-    except Exception as error:
-        known = "default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs"
-        raise PatchError(f"Unknown torch.compile mode {mode!r}; known: {known}.") from error
-
-
-def _describe_option(action: str, options: Mapping[str, Any]) -> PatchDescriptor:
-    config = {key: options[key] for key in OPTION_ACTIONS[action]}
-    return PatchDescriptor(
-        name=f"{action}__root__0",
-        action=action,
-        kind="options",
-        node="graph",
-        module_path="",
-        source=None,
-        replaced=(),
-        replacement=f"Inductor options {', '.join(config)}",
-        config=config,
-    )
-
-
 def _freeze(workload: Workload, before: _Before) -> FrozenWeights | None:
     if not isinstance(workload.model, nn.Module):
         return None
@@ -335,19 +309,9 @@ def _clone_mask(workload: Workload, outputs: Any) -> tuple[bool, ...]:
     arguments = [
         leaf for leaf in _pytree.tree_leaves((workload.args, dict(workload.kwargs))) if isinstance(leaf, Tensor)
     ]
-    owned = {tensor.untyped_storage().data_ptr() for tensor in [*arguments, *_weights(workload.model)]}
+    owned = {tensor.untyped_storage().data_ptr() for tensor in [*arguments, *model_tensors(workload.model)]}
     leaves = [leaf for leaf in _pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return tuple(leaf.untyped_storage().data_ptr() not in owned for leaf in leaves)
-
-
-def _weights(model: Callable[..., Any]) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-
-
-def _uses_cuda(workload: Workload) -> bool:
-    leaves = _pytree.tree_leaves((workload.args, dict(workload.kwargs)))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return any(tensor.device.type == "cuda" for tensor in [*tensors, *_weights(workload.model)])
 
 
 def _first_line(error: BaseException) -> str:

@@ -105,14 +105,20 @@ class WeightGuard:
                 self.num_refreshes += 1
         self._remember()
 
-    def refresh_stale(self) -> None:
-        """Refresh what in-place updates left behind; the caller has seen that the sources are the same tensors."""
-        if list(map(_versions, self._sources)) != self._versions:
-            for weight, _ in self._entries:
-                if not weight.is_current(weight.sources):
-                    weight.refresh(weight.sources)
-                    self.num_refreshes += 1
-            self._remember()
+    def refresh_stale(self) -> bool:
+        """Refresh what in-place updates left behind; the caller has seen that the sources are the same tensors.
+
+        Returns:
+            Whether anything was out of date.
+        """
+        if list(map(_versions, self._sources)) == self._versions:
+            return False
+        for weight, _ in self._entries:
+            if not weight.is_current(weight.sources):
+                weight.refresh(weight.sources)
+                self.num_refreshes += 1
+        self._remember()
+        return True
 
     def refresh(self) -> None:
         """Rebuild every derived weight, whatever the counters say."""

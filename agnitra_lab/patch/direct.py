@@ -1,0 +1,152 @@
+"""The compiled graph without Dynamo in front of it: inputs and weights go straight to where the graph takes them.
+
+Dynamo's guards and its frame cost 20 to 1,000 us a call, depending on the number of weights; for a single layer that is
+more than the layer. One traced call shows which argument of the graph is which input or weight and where its outputs
+go; after that the drop-in's own checks stand in for the guards (`liveness`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from agnitra_lab.errors import PatchError
+from agnitra_lab.patch.liveness import Liveness
+
+_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+
+
+class DirectCall:
+    """A callable that runs the one compiled graph of a model. The arguments must match those of the traced call.
+
+    Args:
+        compiled: the function that Dynamo compiled.
+        record: runs its argument and returns the result, and (run, arguments, outputs) of every graph call inside.
+        liveness: the model's tensors.
+        args: positional arguments of the traced call.
+        kwargs: keyword arguments.
+
+    Raises:
+        PatchError: when the call is more than one graph of inputs and weights, with the reason.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        record: Callable[[Callable[[], Any]], tuple[Any, list[tuple[Any, Sequence[Any], Any]]]],
+        liveness: Liveness,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        leaves = flat_inputs(args, kwargs)
+        with unchanged_attributes(liveness):
+            result, calls = record(lambda: compiled(*args, **kwargs))
+        if len(calls) != 1:
+            raise PatchError(f"the call runs {len(calls)} compiled graphs, with Python between them")
+        self._graph, graph_args, graph_outputs = calls[0]
+        self._arguments, self._slots = _argument_map(graph_args, leaves, liveness)
+        outputs = list(graph_outputs) if isinstance(graph_outputs, (tuple, list)) else [graph_outputs]
+        result_leaves, self._structure = _pytree.tree_flatten(result)
+        self._is_single = len(result_leaves) == 1 and result is result_leaves[0]
+        self._sources = [_source_of(leaf, outputs, leaves, liveness) for leaf in result_leaves]
+
+    def __call__(self, given: Sequence[Any]) -> Any:
+        """Run the graph.
+
+        Args:
+            given: the call's input leaves, in the order of `flat_inputs`.
+        """
+        arguments = self._arguments.copy()
+        for slot, index in self._slots:
+            arguments[slot] = given[index]
+        outputs = self._graph(*arguments)
+        kinds: dict[str, Any] = {"output": outputs, "input": given}
+        leaves = [kinds[kind][value] if kind in kinds else value for kind, value in self._sources]
+        return leaves[0] if self._is_single else _pytree.tree_unflatten(leaves, self._structure)
+
+
+@contextmanager
+def unchanged_attributes(liveness: Liveness) -> Iterator[None]:
+    """Refuse a model that changes its own attributes in a call: nothing would do that in its place.
+
+    Raises:
+        PatchError: when a number, a flag or a tensor attribute is another one after the call.
+    """
+    before = liveness.plain_values()
+    yield
+    if liveness.plain_values() != before:
+        raise PatchError("the model changes a Python value at each call")
+    if not liveness.has_the_same_tensors():
+        raise PatchError("the model replaces a tensor attribute at each call")
+
+
+def flat_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the leaves of a call's arguments, positional ones first."""
+    return list(_pytree.tree_leaves((args, dict(kwargs))))
+
+
+def _argument_map(
+    graph_args: Sequence[Any], leaves: Sequence[Any], liveness: Liveness
+) -> tuple[list[Any], list[tuple[int, int]]]:
+    """Return the arguments with the weights in place, and (argument, input leaf) for each of the others."""
+    of_input = {id(leaf): index for index, leaf in reversed(list(enumerate(leaves))) if isinstance(leaf, Tensor)}
+    is_weight = set(map(id, liveness.tensors))
+    arguments: list[Any] = []
+    slots: list[tuple[int, int]] = []
+    for position, argument in enumerate(graph_args):
+        if isinstance(argument, Tensor) and id(argument) in of_input:
+            slots.append((position, of_input[id(argument)]))
+            arguments.append(None)
+        elif (isinstance(argument, Tensor) and id(argument) in is_weight) or isinstance(argument, _PLAIN):
+            arguments.append(argument)
+        else:
+            raise PatchError(f"the graph takes a {type(argument).__name__} that is no input, parameter or attribute")
+    return arguments, slots
+
+
+def _source_of(leaf: Any, outputs: Sequence[Any], leaves: Sequence[Any], liveness: Liveness) -> tuple[str, Any]:
+    for kind, values in (("output", outputs), ("input", leaves)):
+        for index, value in enumerate(values):
+            if isinstance(leaf, Tensor) and value is leaf:
+                return kind, index
+    if any(tensor is leaf for tensor in liveness.tensors) or isinstance(leaf, _PLAIN):
+        return "constant", leaf
+    raise PatchError(f"the result holds a {type(leaf).__name__} that the graph does not return")
+
+
+def _is_on_cuda(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cuda"
+
+
+def untracked_memory(call: Callable[[], Any], leaves: Sequence[Any], liveness: Liveness) -> str | None:
+    """Run a call and return which op reads memory that is no input, weight or result of the call; None for none.
+
+    A CUDA graph would go on reading that memory after the model has replaced it, and nothing would notice.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    # Results are kept, so that none of their addresses is used twice.
+    alive: list[Tensor] = [leaf for leaf in [*leaves, *liveness.tensors] if isinstance(leaf, Tensor)]
+    known = {tensor.untyped_storage().data_ptr() for tensor in alive}
+    found: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = [value for value in _pytree.tree_leaves((args, kwargs or {})) if _is_on_cuda(value)]
+            if any(value.numel() and value.untyped_storage().data_ptr() not in known for value in given):
+                found.append(str(func))
+            result = func(*args, **(kwargs or {}))
+            for value in _pytree.tree_leaves(result):
+                if _is_on_cuda(value):
+                    known.add(value.untyped_storage().data_ptr())
+                    alive.append(value)
+            return result
+
+    with torch.no_grad(), Watch():
+        call()
+    return found[0] if found else None

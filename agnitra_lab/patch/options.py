@@ -1,0 +1,76 @@
+"""Actions of kind "options": how a graph is compiled, in Inductor's own options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from agnitra_lab.contracts.actions import ACTIONS
+from agnitra_lab.contracts.patch import PatchDescriptor, Refusal
+from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.errors import PatchError
+
+OPTION_ACTIONS: dict[str, dict[str, Any]] = {
+    "freezing": {"freezing": True},
+    # One graph around the whole call (patch/graphed.py) instead of Inductor's, with its wrapper in front of each.
+    "cuda_graph": {"triton.cudagraphs": False},
+    "max_autotune": {"max_autotune": True, "coordinate_descent_tuning": True},
+}
+"""What each action of kind "options" adds to the Inductor options."""
+
+
+def merge_options(
+    workload: Workload, actions: Sequence[str], options: Mapping[str, Any], base_mode: str | None
+) -> tuple[dict[str, Any], list[str], list[Refusal]]:
+    merged = {**(mode_options(base_mode) if base_mode else {}), **options}
+    taken: list[str] = []
+    refusals: list[Refusal] = []
+    for action in (action for action in OPTION_ACTIONS if action in actions):
+        if ACTIONS[action].needs_cuda and not uses_cuda(workload):
+            refusals.append(Refusal(action=action, reason="the workload has no tensor on a CUDA device"))
+            continue
+        if action == "freezing" and any(tensor.is_inference() for tensor in model_tensors(workload.model)):
+            reason = "a weight was made in inference mode and has no version counter, so updates could not be noticed"
+            refusals.append(Refusal(action=action, reason=reason))
+            continue
+        merged.update(OPTION_ACTIONS[action])
+        taken.append(action)
+    return merged, taken, refusals
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    from torch._inductor import list_mode_options
+
+    try:
+        return dict(list_mode_options(mode))
+    except Exception as error:
+        known = "default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs"
+        raise PatchError(f"Unknown torch.compile mode {mode!r}; known: {known}.") from error
+
+
+def describe_option(action: str, options: Mapping[str, Any]) -> PatchDescriptor:
+    config = {key: options[key] for key in OPTION_ACTIONS[action]}
+    return PatchDescriptor(
+        name=f"{action}__root__0",
+        action=action,
+        kind="options",
+        node="graph",
+        module_path="",
+        source=None,
+        replaced=(),
+        replacement=f"Inductor options {', '.join(config)}",
+        config=config,
+    )
+
+
+def model_tensors(model: Callable[..., Any]) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+
+
+def uses_cuda(workload: Workload) -> bool:
+    leaves = _pytree.tree_leaves((workload.args, dict(workload.kwargs)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return any(tensor.device.type == "cuda" for tensor in [*tensors, *model_tensors(workload.model)])
