@@ -15,6 +15,8 @@ class Action(Contract):
     """rewrite: a graph change right by algebra; template: a Triton kernel; options: how the graph is compiled."""
     summary: str
     needs_cuda: bool = False
+    is_measured: bool = False
+    """It times its choices on the device while it rewrites."""
 
 
 ACTIONS: dict[str, Action] = {
@@ -24,6 +26,7 @@ ACTIONS: dict[str, Action] = {
             name="sdpa_backend",
             kind="rewrite",
             needs_cuda=True,
+            is_measured=True,
             summary="run scaled_dot_product_attention on the backend that measures fastest for its shape",
         ),
         Action(

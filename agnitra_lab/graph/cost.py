@@ -148,3 +148,18 @@ _FORMULAS: dict[str, Callable[[list[Shape], Shape], int]] = {
     "aten::conv_transpose3d": _transposed_convolution,
     "aten::scaled_dot_product_attention": _attention,
 }
+
+
+def read_once_bytes(model: Any) -> int:
+    """Return the bytes of the parameters that every call reads whole: all but lookup tables.
+
+    Args:
+        model: a module; anything else has none.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return 0
+    modules = list(model.modules())
+    tables = {id(m.weight) for m in modules if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))}
+    # A head that is tied to a table reads all of it.
+    tables -= {id(m.weight) for m in modules if isinstance(m, torch.nn.Linear)}
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)

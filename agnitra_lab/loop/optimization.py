@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 
 from agnitra_lab.benchmark import compare as comparing
 from agnitra_lab.benchmark import winner as contest
-from agnitra_lab.benchmark.timing import measure_kernel
+from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.events import Event, EventName
 from agnitra_lab.contracts.graph import WorkloadProfile, WorkloadType
@@ -19,18 +18,22 @@ from agnitra_lab.contracts.kernel import Kernel, Site
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
 from agnitra_lab.contracts.report import Checkpoint, StageName
 from agnitra_lab.contracts.run import Kind, Meta
-from agnitra_lab.contracts.search import SearchResult
+from agnitra_lab.contracts.search import KernelConfig, SearchResult
 from agnitra_lab.contracts.suggestion import Proposal
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device import info
 from agnitra_lab.device.peaks import measure_peaks
-from agnitra_lab.errors import AgnitraError, RollbackError, SearchError
+from agnitra_lab.errors import AgnitraError, RollbackError
 from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
 from agnitra_lab.graph import semantics
+from agnitra_lab.graph.cost import read_once_bytes
 from agnitra_lab.llm.client import ChatClient
 from agnitra_lab.llm.settings import resolve as resolve_llm
 from agnitra_lab.loop import filing, preflight
+from agnitra_lab.loop.chooser import Chooser
+from agnitra_lab.loop.kernel_lab import KernelLab
+from agnitra_lab.loop.refinement import Refinement
 from agnitra_lab.loop.result import Result
 from agnitra_lab.loop.settings import Settings
 from agnitra_lab.patch import candidates
@@ -38,7 +41,6 @@ from agnitra_lab.patch.install import Patch
 from agnitra_lab.patch.survey import survey
 from agnitra_lab.profiler import capture
 from agnitra_lab.profiler.telemetry import Telemetry
-from agnitra_lab.refine import replay, search
 from agnitra_lab.report import assemble, page
 from agnitra_lab.runs import provenance, summary
 from agnitra_lab.runs.markdown import run_markdown
@@ -68,7 +70,9 @@ class Optimization:
         self.proposal: Proposal
         self.searches: list[SearchResult] = []
         self.kernels = templates.KernelBook()
-        self._surveyed: list[Site] | None = None
+        self.tuned: Mapping[Site, KernelConfig] = {}
+        self.lab = KernelLab(self.device) if self.device.type == "cuda" and settings.sampler is not None else None
+        self._surveyed: list[Site] = []
         self.patches: dict[str, Patch] = {}
         self.results: list[CandidateResult] = []
         self.winner: CandidateResult | None = None
@@ -79,13 +83,16 @@ class Optimization:
 
     def run_all(self) -> Result:
         """Run the seven stages."""
-        self.profile()
-        self.suggest()
-        self.refine()
-        self.generate()
-        self.patch()
-        self.benchmark()
-        return self.report()
+        try:
+            self.profile()
+            self.suggest()
+            self.refine()
+            self.generate()
+            self.patch()
+            self.benchmark()
+            return self.report()
+        finally:
+            self.close()
 
     # --- the stages, in order ---
 
@@ -113,6 +120,7 @@ class Optimization:
             self.telemetry.record,
             self.profile_of_workload,
             self.device_info,
+            findable=self._findable(),
             client=client,
             is_llm_requested=self.settings.suggest == "llm",
         )
@@ -134,38 +142,19 @@ class Optimization:
             reason = "kernel search is off" if found else "no kernel template fits this graph"
             self._checkpoint("refine", reason, started, "skipped")
             return self.searches
-        notes = []
-        for site in found:
-            try:
-                result = self._search(site)
-            except SearchError as error:
-                # Every config failed: the rule of thumb stands in, and the contest decides whether its kernel runs.
-                notes.append(f"{site.template}: {error.message}")
-                continue
-            if result is None:
-                notes.append(f"{site.template}: no measurements for this device")
-                continue
-            self.searches.append(result)
-            best = result.best
-            if best is not None and best.latency_ms is not None:
-                found_at = Site(result.space_template, result.shape, result.dtype).key()
-                notes.append(
-                    f"{found_at}: {best.latency_ms * 1000:.1f} us after "
-                    f"{len(result.trials)} of {result.num_configs} configs, {result.measured_on}"
-                )
-        self._checkpoint("refine", "; ".join(notes), started, "done" if self.searches else "skipped")
+        refining = Refinement(self.settings, self.device, self.device_info, self.lab, self.proposal.suggestions)
+        self.searches, notes = refining.run(found)
+        self.tuned = refining.tuned
+        for result in self.searches:
+            site = Site(result.space_template, result.shape, result.dtype)
+            self.run.write_json("cmaes", f"trials/{site.key().replace('/', '__')}.json", result)
+        self._checkpoint("refine", "; ".join(notes), started, "done" if notes else "skipped")
         return self.searches
 
     def generate(self) -> list[Kernel]:
         """Render the best config of each site as a Triton kernel; the sources are filed by content hash."""
         started = time.monotonic()
-        self.kernels = templates.KernelBook(
-            {
-                Site(result.space_template, result.shape, result.dtype): result.best.config
-                for result in self.searches
-                if result.best is not None
-            }
-        )
+        self.kernels = templates.KernelBook(self.tuned)
         sites = (
             [Site(result.space_template, result.shape, result.dtype) for result in self.searches]
             if why_no_kernels()
@@ -187,33 +176,31 @@ class Optimization:
         return made
 
     def patch(self) -> dict[str, Patch]:
-        """Compile the candidates, within the budget."""
+        """Compile the candidates within the budget, each judged as it comes; the best so far is usable throughout."""
         started = time.monotonic()
         actions = [suggestion.action for suggestion in self.proposal.suggestions]
         kernels = None if why_no_kernels() else self.kernels
-        for candidate in candidates.plan(actions, self.device.type, only=self.settings.only):
-            spent_s, budget_s = time.monotonic() - started, self.settings.budget_s
-            if spent_s >= budget_s:
-                reason = f"{spent_s:.0f} s of {budget_s:.0f} s for compiling are spent"
-                self.results.append(CandidateResult(name=candidate.name, status="skipped", reason=reason))
-                continue
-            try:
-                self.patches[candidate.name] = candidates.build(self.workload, candidate, kernels)
-            except AgnitraError as error:
-                self.results.append(CandidateResult(name=candidate.name, status="failed", reason=str(error)[:500]))
+        self.peaks = measure_peaks(self.device, self._dtype())
+        chooser = Chooser(
+            candidates.Plan(actions, self.device.type, only=self.settings.only),
+            lambda candidate: candidates.build(self.workload, candidate, kernels),
+            lambda name, patch: self._judge(name, patch, self.settings.timing_s / 2),
+            budget_s=self.settings.budget_s,
+            limit_ms=self._limit_ms(),
+        )
+        self.patches, self.results = chooser.patches, chooser.results
+        chooser.run()
         for name, patch in self.patches.items():
             self.run.write_json("perf", f"patches/{_file_stem(name)}.json", patch.log())
         ours = [patch.log() for name, patch in self.patches.items() if name.startswith("agnitra")]
         changes = f"{max((len(log.descriptors) for log in ours), default=0)} graph changes"
-        self._checkpoint("patch", f"{len(self.patches)} candidates compiled, {changes}", started)
+        num_built = sum(result.status in ("kept", "rejected") for result in self.results)
+        self._checkpoint("patch", f"{num_built} candidates compiled, {changes}", started)
         return self.patches
 
     def benchmark(self) -> list[CandidateResult]:
-        """Check and time every candidate against eager, then the winner once more, for longer."""
+        """Hold the finalists against each other, then the winner against eager once more, for longer."""
         started = time.monotonic()
-        self.peaks = measure_peaks(self.device, self._dtype())
-        for name, patch in self.patches.items():
-            self.results.append(self._judge(name, patch, self.settings.timing_s))
         final = self._choose_winner()
         self.comparison = self.winner.comparison if self.winner and self.winner.comparison else self._best_attempt()
         self.against_best = self._against_best_mode(final)
@@ -228,6 +215,7 @@ class Optimization:
         """Write the report card, the JSON artifacts and the usage event, and finish the run."""
         started = time.monotonic()
         self._file_certificate()
+        self.close()
         self._checkpoint("report", f"run {self.run.run_id}", started)
         winner = self.patches.get(self.winner_name)
         finished = filing.build_report(
@@ -256,6 +244,11 @@ class Optimization:
         self.run.finish_all(summary.optimization_summaries(finished, self._meta, budget=intended))
         self.patches.clear()
         return Result(finished, self.run, self.telemetry, self.workload, winner)
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        if self.lab is not None:
+            self.lab.close()
 
     def finish_early(self) -> None:
         """File the profile and the suggestions of a run that stops before the patch stage."""
@@ -296,40 +289,27 @@ class Optimization:
         resolved = resolve_llm(given.llm_base_url, given.llm_api_key, given.llm_model, given.llm_deadline_s)
         return ChatClient(resolved) if resolved else None
 
+    def _findable(self) -> frozenset[str]:
+        """Ask the rewrites themselves what they would change in the graph, and where templates would go."""
+        book = templates.KernelBook(is_survey=True)
+        tried = [name for name, action in ACTIONS.items() if action.kind != "options" and not action.is_measured]
+        found = survey(self.workload, [name for name in tried if self._is_possible(name)], book)
+        ranked = [site for site, _ in book.sites.most_common()]
+        # A replay answers for the nearest recorded shape: one site a template says all that it can.
+        if why_no_kernels() is not None:
+            ranked = list({site.template: site for site in reversed(ranked)}.values())
+        self._surveyed = ranked
+        return found.actions | {site.template for site in book.sites}
+
+    def _is_possible(self, action: str) -> bool:
+        # Where no kernel runs, templates are surveyed for the replay of their recordings all the same.
+        return self.device.type == "cuda" or not ACTIONS[action].needs_cuda or ACTIONS[action].kind == "template"
+
     def _sites(self) -> list[Site]:
         """Every place where a suggested template would go, most frequent first."""
-        if self._surveyed is None:
-            book = templates.KernelBook(is_survey=True)
-            asked = [suggestion.action for suggestion in self.proposal.suggestions]
-            # What measures backends leaves the shapes of the other sites alone.
-            survey(self.workload, [action for action in asked if action != "sdpa_backend"], book)
-            ranked = [site for site, _ in book.sites.most_common()]
-            # A replay answers for the nearest recorded shape: one site a template says all that it can.
-            if why_no_kernels() is not None:
-                ranked = list({site.template: site for site in reversed(ranked)}.values())
-            self._surveyed = ranked
-        return self._surveyed
-
-    def _search(self, site: Site) -> SearchResult | None:
-        given = self.settings
-        if why_no_kernels() is None:
-            measured_site, space = site, templates.space_of(site)
-            measure = templates.measure_on(self.device, site, measure_kernel)
-            measured_on = self.device_info.name
-        else:
-            landscape = replay.nearest(site.template, site.shape)  # type: ignore[arg-type]
-            if landscape is None:
-                return None
-            recorded = replay.load(landscape)
-            space, measure, measured_on = recorded.space, recorded.measure, f"recorded: {recorded.device_name}"
-            measured_site = replace(site, shape=recorded.shape, dtype=recorded.dtype)
-        seeds = templates.seed_configs(measured_site, self.proposal.suggestions)
-        result = search.search(
-            space, measure, sampler=given.sampler or "rl", max_trials=given.max_trials, seed=given.seed, seeds=seeds,
-            measured_on=measured_on,
-        )  # fmt: skip
-        self.run.write_json("cmaes", f"trials/{site.key().replace('/', '__')}.json", result)
-        return result
+        asked = {suggestion.action for suggestion in self.proposal.suggestions}
+        is_replayed = why_no_kernels() is not None
+        return [site for site in self._surveyed if is_replayed or site.template in asked]
 
     def _compare(self, name: str, model: Callable[..., Any], budget_s: float) -> Comparison:
         return comparing.compare(
@@ -380,6 +360,12 @@ class Optimization:
             self.workload, self.patches[candidate].model, self.patches[baseline].model, candidate_name=candidate,
             baseline_name=baseline, equivalence=verified.equivalence, budget_s=self.settings.timing_s,
         )  # fmt: skip
+
+    def _limit_ms(self) -> float | None:
+        """Least time of one call: FLOPs at the matrix peak, or one read of the weights that every call reads."""
+        bandwidth = self.peaks.copy_bandwidth_gb_per_s if self.peaks else None
+        weights_ms = read_once_bytes(self.workload.model) / (bandwidth * 1e6) if bandwidth else 0.0
+        return max(self._floor_ms() or 0.0, weights_ms) or None
 
     def _floor_ms(self) -> float | None:
         flops, rate = self.profile_of_workload.total_flops, self.peaks.gemm_tflop_per_s if self.peaks else None

@@ -18,7 +18,10 @@ class Settings:
         suggest: "auto" asks a language model where one is configured, "llm" insists, "preset" never asks.
         sampler: "rl" (contextual bandit), "random", or None for the preset kernel configs.
         max_trials: measurements a kernel search may make.
-        budget_s: seconds for compiling: a candidate is begun while they last, the others are listed as skipped.
+        budget_s: seconds for building and screening candidates: one is begun while they last, the others are listed
+            as skipped. Kernel searches may take another 30% of them.
+        is_warm: take kernel configs that earlier runs found on this machine.
+        tuned_folder: where those lie; by default AGNITRA_CACHE_DIR, else the user's cache folder.
         timing_s: seconds of interleaved timing a candidate.
         seed: of every random choice.
         tokens_processed: volume that the usage event accounts for, in the workload's items.
@@ -41,6 +44,8 @@ class Settings:
     tokens_processed: int = 262_144
     price_per_gpu_hour: Decimal | str = "2.50"
     success_fee_rate: Decimal | str = "0.20"
+    is_warm: bool = True
+    tuned_folder: Path | None = None
     only: str | None = None
     artifacts: Path | str = "artifacts"
     command: str | None = None
@@ -76,7 +81,7 @@ class Settings:
 
     def public(self) -> dict[str, Any]:
         """Return what may be written down: all but the key."""
-        hidden = ("llm_api_key", "artifacts", "command")
+        hidden = ("llm_api_key", "artifacts", "command", "tuned_folder")
         return {
             name: str(value) if isinstance(value, Decimal) else value
             for name, value in vars(self).items()

@@ -1,8 +1,8 @@
-"""Which callables compete: eager is the baseline; torch.compile's modes, and our patches on top of them, compete."""
+"""Which callables compete with eager: torch.compile's graphs, and our patches on top of them, in rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +10,10 @@ from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.contracts.kernel import KernelSource
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import UsageError
-from agnitra_lab.patch.install import Patch, compile_mode, install
+from agnitra_lab.patch.install import Patch, capture_eager, compile_mode, install
 
-Mode = Literal["default", "reduce-overhead", "max-autotune"]
+Mode = Literal["eager", "default", "reduce-overhead", "max-autotune"]
+_COMPILE_OPTIONS = ("max_autotune", "freezing")
 
 
 @dataclass(frozen=True)
@@ -21,40 +22,92 @@ class Candidate:
 
     Attributes:
         name: what tables and artifacts call it.
-        mode: the torch.compile mode whose Inductor options it starts from.
+        mode: the torch.compile mode whose Inductor options it starts from; "eager" compiles nothing.
         actions: what is patched on top; empty for plain torch.compile.
+        is_raw: torch.compile as a user calls it, with Dynamo's guards and Inductor's own CUDA graphs.
     """
 
     name: str
     mode: Mode
     actions: tuple[str, ...] = ()
+    is_raw: bool = False
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The actions that change the graph, or its kernels."""
+        return tuple(name for name in self.actions if ACTIONS[name].kind != "options")
 
 
-def plan(actions: Sequence[str], device_type: str, *, only: str | None = None) -> list[Candidate]:
-    """List the candidates in the order in which they are worth their compile time, cheapest first.
-
-    On a CPU reduce-overhead is torch.compile's default under another name, so it is not a candidate there.
+class Plan:
+    """The contestants for one device and one list of suggested actions.
 
     Args:
         actions: names of the suggested actions, best first.
         device_type: "cpu" or "cuda".
         only: keep the candidate of this name alone.
     """
-    is_cuda = device_type == "cuda"
-    possible = [name for name in actions if is_cuda or not ACTIONS[name].needs_cuda]
-    changes = tuple(name for name in possible if name not in ("max_autotune", "freezing"))
-    candidates = [Candidate("torch.compile", "default")]
-    if is_cuda:
-        candidates.append(Candidate("torch.compile:reduce-overhead", "reduce-overhead"))
-    if changes:
-        candidates.append(Candidate("agnitra", "default", changes))
-    if "freezing" in possible:
-        # Apart, because constants let the matrix library reorder sums, which the exact track may refuse.
-        candidates.append(Candidate("agnitra:freezing", "default", (*changes, "freezing")))
-    candidates.append(Candidate("torch.compile:max-autotune", "max-autotune"))
-    if changes:
-        candidates.append(Candidate("agnitra:max-autotune", "max-autotune", changes))
-    return [candidate for candidate in candidates if only in (None, candidate.name)]
+
+    def __init__(self, actions: Sequence[str], device_type: str, *, only: str | None = None) -> None:
+        self._is_cuda = device_type == "cuda"
+        possible = [name for name in actions if self._is_cuda or not ACTIONS[name].needs_cuda]
+        self._possible = possible
+        self._only = only
+        # Every graph of ours may become a CUDA graph; whether it does is measured when it is installed.
+        self._base = ("cuda_graph",) if self._is_cuda else ()
+        self._changes = tuple(name for name in possible if ACTIONS[name].kind != "options")
+
+    def first(self) -> list[Candidate]:
+        """List the opening round, in the order in which they are worth their compile time.
+
+        torch.compile's own graph runs past its guards here (`patch/paths.py`), so it is never slower than the mode.
+        """
+        rows = [Candidate("cuda_graph", "eager", ("cuda_graph",))] if self._is_cuda else []
+        if self._changes:
+            rows.append(Candidate("agnitra", "default", (*self._changes, *self._base)))
+        rows.append(Candidate("torch.compile", "default", self._base))
+        if "freezing" in self._possible:
+            # Apart, because constants let the matrix library reorder sums, which the exact track may refuse.
+            rows.append(Candidate("agnitra:freezing", "default", (*self._changes, *self._base, "freezing")))
+        return self._allowed(rows)
+
+    def second(self, best: Candidate | None, num_graphs: int) -> list[Candidate]:
+        """List what costs more, on top of the best of the opening round.
+
+        Args:
+            best: the fastest compiled candidate so far, None when there is none.
+            num_graphs: how many graphs Dynamo makes of the model.
+        """
+        rows = []
+        if self._is_cuda and num_graphs != 1:
+            # No graph of ours spans Python between two of Dynamo's; Inductor's own take each by itself.
+            rows.append(Candidate("torch.compile:reduce-overhead", "reduce-overhead", is_raw=True))
+        if "max_autotune" in self._possible or self._only is not None:
+            actions = tuple(name for name in best.actions if name != "freezing") if best else self._base
+            is_ours = bool(best and best.changes)
+            name = "agnitra:max-autotune" if is_ours else "torch.compile:max-autotune"
+            rows.append(Candidate(name, "max-autotune", actions))
+            if num_graphs != 1 and self._is_cuda:
+                rows.append(Candidate("torch.compile:max-autotune", "max-autotune", is_raw=True))
+        unique = {candidate.name: candidate for candidate in rows}
+        return self._allowed(list(unique.values()))
+
+    def without_one(self, best: Candidate) -> Iterator[Candidate]:
+        """Yield the best candidate less each of its changes: a change may cost its neighbours more than it gains."""
+        if best.is_raw or len(best.changes) < 1 or best.name == "agnitra:freezing":
+            return
+        for left_out in best.changes:
+            actions = tuple(name for name in best.actions if name != left_out)
+            candidate = Candidate(f"{best.name}-{left_out}", best.mode, actions)
+            if candidate.changes:
+                yield from self._allowed([candidate])
+
+    def names(self) -> list[str]:
+        """Return every name that a plan on this device could hold."""
+        rows = [*self.first(), *self.second(None, 2), Candidate("agnitra:max-autotune", "max-autotune")]
+        return list(dict.fromkeys(row.name for row in rows))
+
+    def _allowed(self, rows: list[Candidate]) -> list[Candidate]:
+        return [candidate for candidate in rows if self._only in (None, candidate.name)]
 
 
 def check_name(name: str | None, device_type: str) -> None:
@@ -63,7 +116,7 @@ def check_name(name: str | None, device_type: str) -> None:
     Raises:
         UsageError: with the names that there are.
     """
-    names = [candidate.name for candidate in plan(tuple(ACTIONS), device_type)]
+    names = Plan(tuple(ACTIONS), device_type).names()
     if name is not None and name not in names:
         raise UsageError(f"No candidate {name!r} here.", hint=f"Candidates: {', '.join(names)}.")
 
@@ -74,6 +127,8 @@ def build(workload: Workload, candidate: Candidate, kernels: KernelSource | None
     Raises:
         PatchError: when it does not compile or its first call fails.
     """
-    if not candidate.actions:
+    if candidate.mode == "eager":
+        return capture_eager(workload, candidate.name)
+    if candidate.is_raw:
         return compile_mode(workload, candidate.mode)
     return install(workload, candidate.actions, name=candidate.name, kernels=kernels, base_mode=candidate.mode)

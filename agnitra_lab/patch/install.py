@@ -84,6 +84,14 @@ class Patch:
         for guard in self._backend.guards if self._backend else ():
             guard.refresh()
 
+    def discard(self) -> None:
+        """Let go of everything compiled without a proof: the candidate was never handed out."""
+        self.model.unload()
+        if self._backend is not None:
+            self._backend.release()
+        self._before.restore_marks()
+        self._before.outputs = None
+
     def prove_rollback(self) -> RollbackProof:
         """Prove that the original stands as it stood before install, while the drop-in stays installed."""
         return prove(

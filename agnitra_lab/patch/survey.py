@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +15,20 @@ from agnitra_lab.patch.install import fresh_entry
 from agnitra_lab.patch.rollback import MutableState, run_original
 
 
-def survey(workload: Workload, actions: Sequence[str], kernels: KernelSource) -> tuple[Refusal, ...]:
+@dataclass(frozen=True)
+class Survey:
+    """What the rewrites found.
+
+    Attributes:
+        actions: those that changed the graph; a template's site is the business of the kernel source.
+        refusals: why others did not.
+    """
+
+    actions: frozenset[str]
+    refusals: tuple[Refusal, ...]
+
+
+def survey(workload: Workload, actions: Sequence[str], kernels: KernelSource) -> Survey:
     """Rewrite the graphs of one call and throw the result away; `kernels` hears of each site.
 
     Args:
@@ -23,15 +37,15 @@ def survey(workload: Workload, actions: Sequence[str], kernels: KernelSource) ->
         kernels: asked for each site; what it answers is put into the graph that runs here.
 
     Returns:
-        Why changes would not be made. A model that Dynamo cannot trace has no sites, and says nothing.
+        What would change, and why the rest would not. Of a model that Dynamo cannot trace nothing would.
     """
     backend = Backend(actions, kernels=kernels, is_lowered=False)
     state = MutableState.of(workload)
     try:
         run_original(workload, torch.compile(fresh_entry(workload.model), dynamic=False, backend=backend))
     except Exception as error:
-        return (Refusal(action="survey", reason=f"{type(error).__name__}: {str(error)[:200]}"),)
+        return Survey(frozenset(), (Refusal(action="survey", reason=f"{type(error).__name__}: {str(error)[:200]}"),))
     finally:
         state.restore()
         backend.release()
-    return tuple(backend.refusals)
+    return Survey(frozenset(change.action for change in backend.descriptors), tuple(backend.refusals))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from agnitra_lab.contracts.actions import ACTIONS
@@ -47,7 +48,7 @@ REQUIRED_PATTERN: dict[str, str] = {
     "rms_norm": "rms_norm",
     "conv_bn_fold": "conv_bn",
 }
-"""The pattern that an action rewrites; actions that are not named here work on any graph."""
+"""The pattern that an action rewrites, for where nobody has tried the rewrites on the graph itself."""
 
 
 def share_of(record: TelemetryRecord, ops: frozenset[str]) -> float:
@@ -124,15 +125,28 @@ def is_present(pattern: str, record: TelemetryRecord, profile: WorkloadProfile) 
     return betrayed_by.get(pattern, False)
 
 
-def possible_actions(record: TelemetryRecord, profile: WorkloadProfile, device: DeviceInfo) -> tuple[str, ...]:
+def possible_actions(
+    record: TelemetryRecord,
+    profile: WorkloadProfile,
+    device: DeviceInfo,
+    findable: Collection[str] | None = None,
+) -> tuple[str, ...]:
     """Return the actions that can be tried here, in the order of the closed list.
 
-    Those that need CUDA fall out on a CPU, those whose pattern is absent everywhere.
+    Those that need CUDA fall out on a CPU, and those that would change nothing: by `findable`, what the rewrites
+    themselves found in the graph, or where nobody asked them by the pattern that each needs.
     """
     return tuple(
         name
         for name, action in ACTIONS.items()
-        if (device.type == "cuda" or not action.needs_cuda) and _has_target(name, record, profile)
+        if (device.type == "cuda" or not action.needs_cuda)
+        and (
+            _has_target(name, record, profile)
+            if findable is None
+            else action.kind == "options"
+            or name in findable
+            or (action.is_measured and _has_target(name, record, profile))
+        )
     )
 
 

@@ -6,7 +6,7 @@ change is kept is for the benchmark to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from agnitra_lab.contracts.device import DeviceInfo
@@ -197,13 +197,19 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def suggest(record: TelemetryRecord, profile: WorkloadProfile, device: DeviceInfo) -> list[Suggestion]:
+def suggest(
+    record: TelemetryRecord,
+    profile: WorkloadProfile,
+    device: DeviceInfo,
+    findable: Collection[str] | None = None,
+) -> list[Suggestion]:
     """Apply the table to one profile.
 
     Args:
         record: the measured profile; every expectation is a share of its times.
         profile: the workload's type, phase and patterns.
         device: where it ran.
+        findable: actions that the rewrites found something for; None where nobody asked them.
 
     Returns:
         At most one suggestion a rule, lowest expected latency first, ties in table order. Empty when the profile
@@ -213,7 +219,7 @@ def suggest(record: TelemetryRecord, profile: WorkloadProfile, device: DeviceInf
     if base_ms is None:
         return []
     situation = Situation(record, profile, device)
-    possible = evidence.possible_actions(record, profile, device)
+    possible = evidence.possible_actions(record, profile, device, findable)
     suggestions = [
         _suggestion(rule, situation, base_ms) for rule in RULES if rule.action in possible and rule.applies(situation)
     ]

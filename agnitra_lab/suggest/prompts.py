@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 from agnitra_lab.contracts.actions import ACTIONS
@@ -41,18 +42,24 @@ Answer with one JSON object and nothing else:
 "num_stages": null, "target_latency_ms": 0.0, "expected_latency_ms": 0.0, "rationale": "..."}]}"""
 
 
-def build(record: TelemetryRecord, profile: WorkloadProfile, device: DeviceInfo) -> list[dict[str, str]]:
+def build(
+    record: TelemetryRecord,
+    profile: WorkloadProfile,
+    device: DeviceInfo,
+    findable: Collection[str] | None = None,
+) -> list[dict[str, str]]:
     """Build the messages of one question.
 
     Args:
         record: the measured profile; op names, shapes and times are used.
         profile: type, phase and names of the patterns.
         device: name, architecture and versions.
+        findable: actions that the rewrites found something for; None where nobody asked them.
 
     Returns:
         A system and a user message, redacted. The user message is one JSON document.
     """
-    possible = evidence.possible_actions(record, profile, device)
+    possible = evidence.possible_actions(record, profile, device, findable)
     suggestion = parsing.answer_schema(possible)["properties"]["suggestions"]["items"]
     facts = {
         "prompt_version": PROMPT_VERSION,

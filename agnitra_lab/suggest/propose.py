@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from agnitra_lab.contracts.device import DeviceInfo
@@ -14,7 +14,7 @@ from agnitra_lab.errors import LLMError, LLMRefusalError, LLMTimeoutError, Missi
 from agnitra_lab.llm.reply import LanguageModel
 from agnitra_lab.suggest import evidence, parsing, presets, prompts
 
-MAX_SUGGESTIONS = 8
+MAX_SUGGESTIONS = 24
 
 _NOT_CONFIGURED = (
     "no language model is configured. Set AGNITRA_LLM_BASE_URL (and AGNITRA_LLM_API_KEY, AGNITRA_LLM_MODEL), or "
@@ -27,6 +27,7 @@ def propose(
     profile: WorkloadProfile,
     device: DeviceInfo,
     *,
+    findable: Collection[str] | None = None,
     client: LanguageModel | None = None,
     is_llm_requested: bool = False,
     max_suggestions: int = MAX_SUGGESTIONS,
@@ -40,6 +41,7 @@ def propose(
         record: the measured profile.
         profile: the workload's type, phase and patterns.
         device: where it ran.
+        findable: actions that the rewrites found something for; None where nobody asked them.
         client: the language model to ask; None asks nobody.
         is_llm_requested: the user asked for a language model, so its absence is a fallback and not the normal case.
         max_suggestions: most suggestions that are returned.
@@ -48,13 +50,13 @@ def propose(
         The proposal; `fallback` says why presets stand in, when a model was asked or asked for and gave nothing.
         Never raises for what a server or a model does.
     """
-    heuristic = presets.suggest(record, profile, device)
+    heuristic = presets.suggest(record, profile, device, findable)
     if client is None:
         fallback = Fallback(reason="not_configured", detail=_NOT_CONFIGURED) if is_llm_requested else None
         return _from_presets(heuristic, fallback, max_suggestions)
     started_s = time.perf_counter()
     try:
-        suggestions, model = _ask(client, record, profile, device)
+        suggestions, model = _ask(client, record, profile, device, findable)
     except (LLMError, MissingError) as error:
         wall_ms = max((time.perf_counter() - started_s) * 1e3, 1e-6)
         fallback = Fallback(reason=_reason(error), detail=str(error), wall_ms=wall_ms)
@@ -64,12 +66,16 @@ def propose(
 
 
 def _ask(
-    client: LanguageModel, record: TelemetryRecord, profile: WorkloadProfile, device: DeviceInfo
+    client: LanguageModel,
+    record: TelemetryRecord,
+    profile: WorkloadProfile,
+    device: DeviceInfo,
+    findable: Collection[str] | None,
 ) -> tuple[list[Suggestion], str]:
     """Return the model's usable suggestions, lowest expected latency first, and its name."""
-    possible = evidence.possible_actions(record, profile, device)
+    possible = evidence.possible_actions(record, profile, device, findable)
     reply = client.complete(
-        prompts.build(record, profile, device),
+        prompts.build(record, profile, device, findable),
         schema_name=parsing.SCHEMA_NAME,
         json_schema=parsing.answer_schema(possible),
     )

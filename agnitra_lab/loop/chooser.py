@@ -1,0 +1,134 @@
+"""Build candidates one by one within a budget, judge each as it comes, and keep the best so far usable throughout.
+
+Rounds: what is cheap, then what costs more on top of the best of it, then the best less each of its changes (greedy
+backward elimination, which is how interactions between changes show). Each candidate is verified and timed once; the
+final A/B is the benchmark's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from agnitra_lab.benchmark import winner as contest
+from agnitra_lab.contracts.measurement import CandidateResult
+from agnitra_lab.errors import AgnitraError
+from agnitra_lab.patch.candidates import Candidate, Plan
+from agnitra_lab.patch.install import Patch
+
+# Past this share of the physical limit there is nothing left that a compile would pay for (research: ratio below 1.15).
+_NEAR_THE_LIMIT = 1.15
+# Compile times over that of the same graph with Inductor's default options: max-autotune took 4 to 8 times as long for
+# 1.1B decoders on an H200.
+_MAX_AUTOTUNE_COST = 6.0
+_NUM_KEPT = 3
+
+
+class Chooser:
+    """Runs a plan.
+
+    Args:
+        plan: the contestants.
+        build: candidate -> installed patch.
+        screen: (name, patch) -> verdict with a short timing against eager.
+        budget_s: no candidate is begun that may not end within it.
+        limit_ms: least time that the device allows for this work, None where it is not known.
+
+    Attributes:
+        results: every candidate with its verdict, in order.
+        patches: the installed candidates that may still win.
+        best: name of the fastest equivalent one so far, None while there is none.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        build: Callable[[Candidate], Patch],
+        screen: Callable[[str, Patch], CandidateResult],
+        *,
+        budget_s: float,
+        limit_ms: float | None = None,
+    ) -> None:
+        self._plan = plan
+        self._build = build
+        self._screen = screen
+        self._budget_s = budget_s
+        self._limit_ms = limit_ms
+        self._began_s = time.monotonic()
+        self._compile_s: float | None = None
+        self._candidates: dict[str, Candidate] = {}
+        self._num_graphs = 1
+        self.results: list[CandidateResult] = []
+        self.patches: dict[str, Patch] = {}
+
+    @property
+    def best(self) -> str | None:
+        """Name of the fastest equivalent candidate so far."""
+        ranked = contest.ranking(self.results)
+        return ranked[0].name if ranked else None
+
+    def run(self) -> None:
+        """Run all rounds, as far as the budget goes."""
+        self._try_all(self._plan.first())
+        self._try_all(self._plan.second(self._best_compiled(), self._num_graphs))
+        while (best := self._best_compiled()) is not None and self._try_all(self._plan.without_one(best)):
+            if self._best_compiled() == best:
+                break
+
+    def _try_all(self, candidates: Iterable[Candidate]) -> bool:
+        """Try one after the other; return whether any was built."""
+        num_built = len(self._candidates)
+        for candidate in candidates:
+            reason = self._why_not(candidate)
+            if reason is not None:
+                self.results.append(CandidateResult(name=candidate.name, status="skipped", reason=reason))
+            else:
+                self._try(candidate)
+        return len(self._candidates) > num_built
+
+    def _try(self, candidate: Candidate) -> None:
+        started_s = time.monotonic()
+        try:
+            patch = self._build(candidate)
+        except AgnitraError as error:
+            reason = str(error)[:500]
+            self.results.append(CandidateResult(name=candidate.name, status="failed", reason=reason))
+            return
+        self._candidates[candidate.name] = candidate
+        if candidate.mode == "default":
+            self._compile_s = time.monotonic() - started_s
+            self._num_graphs = patch.log().num_graphs
+        self.results.append(self._screen(candidate.name, patch))
+        self.patches[candidate.name] = patch
+        self._drop_losers()
+
+    def _drop_losers(self) -> None:
+        """Free what cannot win any more: derived weights, graphs and outputs of many candidates would fill a device."""
+        kept = {result.name for result in contest.ranking(self.results)[:_NUM_KEPT]}
+        kept |= {name for name in self.patches if name == "agnitra"}
+        for name in [name for name in self.patches if name not in kept]:
+            self.patches.pop(name).discard()
+
+    def _why_not(self, candidate: Candidate) -> str | None:
+        spent_s = time.monotonic() - self._began_s
+        if candidate.mode == "eager" or not self._candidates:
+            return None
+        expected_s = (self._compile_s or 0.0) * (_MAX_AUTOTUNE_COST if candidate.mode == "max-autotune" else 1.0)
+        if spent_s + expected_s > self._budget_s:
+            return f"{spent_s:.0f} s of {self._budget_s:.0f} s are spent, and it may need {expected_s:.0f} s"
+        best_ms = self._best_ms()
+        if best_ms is not None and self._limit_ms and best_ms <= _NEAR_THE_LIMIT * self._limit_ms:
+            return f"{self.best} takes {best_ms:.3g} ms, within 15% of the device's limit of {self._limit_ms:.3g} ms"
+        return None
+
+    def _best_ms(self) -> float | None:
+        ranked = contest.ranking(self.results)
+        comparison = ranked[0].comparison if ranked else None
+        return comparison.candidate_latency.latency_ms_p50 if comparison else None
+
+    def _best_compiled(self) -> Candidate | None:
+        for result in contest.ranking(self.results):
+            candidate = self._candidates[result.name]
+            if candidate.mode != "eager":
+                return candidate
+        return None

@@ -1,0 +1,58 @@
+"""What runs in the worker process for one kernel config: compile it, hold it against its reference, time it.
+
+A config that hangs, crashes or reads past its tensors does so there, and the loop goes on with the next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from agnitra_lab.benchmark.elements import match, rtol_of
+from agnitra_lab.benchmark.timing import measure_kernel
+from agnitra_lab.benchmark.tree import tensors
+from agnitra_lab.contracts.kernel import Site
+from agnitra_lab.contracts.search import KernelConfig
+from agnitra_lab.errors import SearchError
+from agnitra_lab.generate import registry
+from agnitra_lab.generate.render import render
+
+_REQUIRED_SHARE = 0.999
+# One site's tensors at a time: those of a prefill are hundreds of megabytes.
+_examples: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
+
+
+def warm(device: str) -> str:
+    """Load torch and start the device; return the device's name."""
+    torch.zeros(1, device=device)
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+
+
+def measure(site: Site, config: KernelConfig, device: str) -> float:
+    """Return the latency in ms of a config at its site, once it has given the right answer.
+
+    Raises:
+        SearchError: when its output differs from the template's reference.
+    """
+    arguments, options, expected = _example(site, device)
+    kernel = render(config)
+    with torch.no_grad():
+        output = kernel.call(*arguments, **options)
+        for (_, out), (_, ref) in zip(tensors(output), tensors(expected), strict=True):
+            found = match(out, ref, None, rtol=rtol_of(ref.dtype), required_share=_REQUIRED_SHARE)
+            if found.problem is not None or found.share < _REQUIRED_SHARE:
+                reason = found.problem or f"only {found.share:.2%} of the elements match"
+                raise SearchError(f"{config.key()} gives another result than the reference: {reason}.")
+        return measure_kernel(lambda: kernel.call(*arguments, **options), device=device)
+
+
+def _example(site: Site, device: str) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    key = f"{site.key()}/{device}"
+    if key not in _examples:
+        _examples.clear()
+        template = registry.load(site.template)
+        arguments, options = template.example(site.shape, site.dtype, device)
+        with torch.no_grad():
+            _examples[key] = (arguments, options, template.reference(*arguments, **options))
+    return _examples[key]

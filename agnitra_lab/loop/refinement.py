@@ -1,0 +1,131 @@
+"""The refine stage over all sites of a graph: what is known is taken, what is not is searched, within the budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from agnitra_lab.contracts.device import DeviceInfo
+from agnitra_lab.contracts.kernel import Site
+from agnitra_lab.contracts.search import KernelConfig, SearchResult
+from agnitra_lab.contracts.suggestion import Suggestion
+from agnitra_lab.errors import SearchError
+from agnitra_lab.generate import kernels as templates
+from agnitra_lab.generate.registry import is_available as why_no_kernels
+from agnitra_lab.generate.tuned import TunedConfigs, default_folder
+from agnitra_lab.loop.kernel_lab import KernelLab
+from agnitra_lab.loop.settings import Settings
+from agnitra_lab.refine import replay, search
+
+# Share of the run's budget that may go into kernel searches, the sites in turn.
+_SEARCH_SHARE = 0.3
+_LEAST_SEARCH_S = 1.0
+
+
+class Refinement:
+    """Searches the kernel configs of a graph's sites.
+
+    Args:
+        settings: sampler, trials, budget, seed and the folder of earlier findings.
+        device: where it runs.
+        device_info: the device and its versions, which earlier findings must share.
+        lab: where configs are measured; None where recordings answer.
+        suggestions: whose configs are measured first.
+
+    Attributes:
+        tuned: site -> the config to use there; sites that nobody searched are not in it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        device: torch.device,
+        device_info: DeviceInfo,
+        lab: KernelLab | None,
+        suggestions: Sequence[Suggestion],
+    ) -> None:
+        self._settings = settings
+        self._device = device
+        self._device_name = device_info.name
+        self._lab = lab
+        self._suggestions = suggestions
+        self._is_measured = lab is not None and why_no_kernels() is None
+        self.tuned: dict[Site, KernelConfig] = {}
+        self._known: TunedConfigs | None = None
+        if self._is_measured:
+            folder = settings.tuned_folder or default_folder()
+            self._known = TunedConfigs(folder, device_info.name, _versions(device_info))
+
+    def run(self, sites: Sequence[Site]) -> tuple[list[SearchResult], list[str]]:
+        """Take or find the config of each site.
+
+        Args:
+            sites: most frequent first; the budget goes to them in this order.
+
+        Returns:
+            The searches made, and a line a site.
+        """
+        results, notes = [], []
+        deadline_s = time.monotonic() + _SEARCH_SHARE * self._settings.budget_s
+        for site in sites:
+            known = self._known.get(site) if self._known is not None and self._settings.is_warm else None
+            if known is not None:
+                self.tuned[site] = known
+                notes.append(f"{site.key()}: found by an earlier run")
+                continue
+            left_s = deadline_s - time.monotonic()
+            if left_s < _LEAST_SEARCH_S:
+                notes.append(f"{site.key()}: rule of thumb, the search budget is spent")
+                continue
+            # Later sites are not left with nothing: each may take half of what is left.
+            result, note = self._searched(site, max(left_s / 2, _LEAST_SEARCH_S))
+            notes.append(note)
+            results += [result] if result is not None else []
+        return results, notes
+
+    def _searched(self, site: Site, budget_s: float) -> tuple[SearchResult | None, str]:
+        try:
+            result = self._search(site, budget_s)
+        except SearchError as error:
+            # Every config failed: the rule of thumb stands in, and the contest decides whether its kernel runs.
+            return None, f"{site.key()}: {error.message}"
+        if result is None:
+            return None, f"{site.template}: no measurements for this device"
+        best = result.best
+        if best is None or best.latency_ms is None:
+            return result, f"{site.key()}: nothing measured"
+        found_at = Site(result.space_template, result.shape, result.dtype)
+        self.tuned[found_at] = best.config
+        if self._known is not None:
+            self._known.add(found_at, best.config, best.latency_ms)
+        return result, (
+            f"{found_at.key()}: {best.latency_ms * 1000:.1f} us after {len(result.trials)} of {result.num_configs} "
+            f"configs, {result.measured_on}"
+        )
+
+    def _search(self, site: Site, budget_s: float) -> SearchResult | None:
+        given = self._settings
+        measure: Callable[[KernelConfig], float]
+        if self._is_measured and self._lab is not None:
+            measured_site, space, measure = site, templates.space_of(site), self._lab.measure(site)
+            measured_on = self._device_name
+        else:
+            landscape = replay.nearest(site.template, site.shape)
+            if landscape is None:
+                return None
+            recorded = replay.load(landscape)
+            space, measure, measured_on = recorded.space, recorded.measure, f"recorded: {recorded.device_name}"
+            measured_site = replace(site, shape=recorded.shape, dtype=recorded.dtype)
+        seeds = templates.seed_configs(measured_site, self._suggestions)
+        return search.search(
+            space, measure, sampler=given.sampler or "rl", max_trials=given.max_trials, seed=given.seed, seeds=seeds,
+            measured_on=measured_on, budget_s=budget_s,
+        )  # fmt: skip
+
+
+def _versions(device: DeviceInfo) -> dict[str, str]:
+    facts = {"torch": device.torch_version, "triton": device.triton_version, "driver": device.driver_version}
+    return {name: value or "" for name, value in facts.items()}
