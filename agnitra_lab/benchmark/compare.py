@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from agnitra_lab.benchmark import stats
 from agnitra_lab.benchmark.equivalence import PrecisionTrack, Verified, verify
@@ -58,8 +60,9 @@ def compare(
     reference = baseline or workload.model
     verified = verify(workload, candidate, baseline=reference, seeds=seeds, precision_track=precision_track)
     timings = _time(workload, candidate, reference, verified, seeds, budget_s, candidate_name)
-    problems = _timed_problems(verified, timings, seeds) + _floor_problems(workload, timings, floor_ms)
-    equivalence = _with_problems(verified.equivalence, problems)
+    prints = [(input_set, timed) for side, input_set, timed in timings.prints if side == "candidate"]
+    problems = timed_problems(verified, prints, seeds) + _floor_problems(workload, timings, floor_ms)
+    equivalence = with_problems(verified.equivalence, problems)
     return _comparison(
         workload,
         (candidate_name, baseline_name),
@@ -178,9 +181,16 @@ def _time(
             state.restore()
 
 
-def _timed_problems(verified: Verified, timings: PairTimings, seeds: tuple[int, ...]) -> list[str]:
-    """Hold each timed output of the candidate against its verified output on the same inputs."""
-    prints = [(input_set, timed) for side, input_set, timed in timings.prints if side == "candidate"]
+def timed_problems(
+    verified: Verified, prints: Sequence[tuple[int, list[torch.Tensor]]], seeds: tuple[int, ...]
+) -> list[str]:
+    """Hold each timed output of the candidate against its verified output on the same inputs.
+
+    Args:
+        verified: the check of the candidate.
+        prints: (input set, fingerprint) of its timed calls.
+        seeds: input set -> seed.
+    """
     num_wrong = sum(
         not fingerprints_match(timed, verified.candidate_prints[seeds[input_set]], verified.rtols)
         for input_set, timed in prints
@@ -202,7 +212,8 @@ def _floor_problems(workload: Workload, timings: PairTimings, floor_ms: float | 
     return [f"faster than the device allows: measurement or candidate is wrong ({figures})"]
 
 
-def _with_problems(equivalence: Equivalence, problems: list[str]) -> Equivalence:
+def with_problems(equivalence: Equivalence, problems: list[str]) -> Equivalence:
+    """Return the equivalence with further reasons against it, as it is where there are none."""
     if not problems:
         return equivalence
     return equivalence.model_copy(update={"is_equivalent": False, "problems": equivalence.problems + tuple(problems)})

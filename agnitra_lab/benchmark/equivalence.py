@@ -30,6 +30,7 @@ from agnitra_lab.benchmark.state import ModuleState, module_of, same_values
 from agnitra_lab.benchmark.tree import leaves, tensors
 from agnitra_lab.contracts.measurement import Equivalence
 from agnitra_lab.contracts.workload import Inputs, Workload
+from agnitra_lab.device.exclusive import exclusive
 from agnitra_lab.device.info import device_of, synchronize
 from agnitra_lab.errors import UsageError
 
@@ -111,7 +112,8 @@ def verify(
         raise UsageError("No seeds were given.", hint="Give at least one, e.g. seeds=(0, 1, 2).")
     gate = _Gate(workload, candidate, baseline or workload.model, required_share, precision_track)
     devices = [gate.device] if gate.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    # The oracle in fp64 keeps the device busy, and another process may be timing.
+    with exclusive(), torch.random.fork_rng(devices):
         gate.probe()
         for seed in seeds:
             if not gate.run(seed):

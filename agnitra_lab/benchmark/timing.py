@@ -1,14 +1,14 @@
-"""Interleaved timing of two callables in one process: cold caches, fresh inputs at fresh addresses, idle to idle."""
+"""Interleaved timing of callables in one process: cold caches, fresh inputs at fresh addresses, idle to idle."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -16,15 +16,11 @@ import torch
 from agnitra_lab.benchmark.cold import ColdCache
 from agnitra_lab.benchmark.outputs import fingerprint
 from agnitra_lab.contracts.workload import Inputs
+from agnitra_lab.device.exclusive import exclusive
 from agnitra_lab.device.graphs import capture
 from agnitra_lab.device.info import synchronize
 
 Side = Literal["baseline", "candidate"]
-# Each side follows itself and the other equally often, and linear drift falls on both alike.
-_ORDERS: tuple[tuple[Side, ...], ...] = (
-    ("baseline", "candidate", "candidate", "baseline"),
-    ("candidate", "baseline", "baseline", "candidate"),
-)
 _NUM_INPUT_SETS = 3
 _MIN_WARM_CALLS, _WARM_SHARE = 2, 0.15
 # Past this many budgets (and this many seconds) a loop of very long calls ends with half of the pairs.
@@ -56,6 +52,21 @@ class PairTimings:
     prints: list[tuple[Side, int, list[torch.Tensor]]] = field(default_factory=list)
 
 
+@dataclass
+class GroupTimings:
+    """Times of single calls of several sides. Element i of each side's times comes from one round of calls.
+
+    Attributes:
+        wall_ms: side -> host wall times, device idle to device idle, in ms.
+        device_ms: side -> device spans in ms, empty on a CPU.
+        prints: (side, input set, fingerprint of that call's output) of every call.
+    """
+
+    wall_ms: dict[str, np.ndarray]
+    device_ms: dict[str, np.ndarray]
+    prints: list[tuple[str, int, list[torch.Tensor]]]
+
+
 def time_pair(
     baseline: Callable[..., Any],
     candidate: Callable[..., Any],
@@ -68,49 +79,91 @@ def time_pair(
     num_input_sets: int = _NUM_INPUT_SETS,
     reset: Callable[[Side], None] | None = None,
 ) -> PairTimings:
-    """Time two callables against each other, A/B/B/A then B/A/A/B.
-
-    Outside the timed span of every call: the input copy, `reset`, the cache sweep, a wait for the device, and the
-    fingerprint of the output. The garbage collector is off; each call runs in its own `torch.no_grad()`.
+    """Time two callables against each other, A/B/B/A then B/A/A/B: `time_group` of two sides.
 
     Args:
         baseline: callable A.
         candidate: callable B.
+        make_args, device, budget_s, num_input_sets, reset: as in `time_group`.
+        min_pairs: pairs to take at least, as `min_rounds` there.
+        max_pairs: pairs to take at most.
+    """
+    sides: dict[str, Callable[..., Any]] = {"baseline": baseline, "candidate": candidate}
+    timed = time_group(
+        sides, make_args, device=device, budget_s=budget_s, min_rounds=min_pairs, max_rounds=max_pairs,
+        num_input_sets=num_input_sets, reset=cast("Callable[[str], None] | None", reset),
+    )  # fmt: skip
+    return PairTimings(
+        timed.wall_ms["baseline"], timed.wall_ms["candidate"],
+        timed.device_ms.get("baseline"), timed.device_ms.get("candidate"),
+        cast("list[tuple[Side, int, list[torch.Tensor]]]", timed.prints),
+    )  # fmt: skip
+
+
+def time_group(
+    sides: Mapping[str, Callable[..., Any]],
+    make_args: Callable[[int], Inputs],
+    *,
+    device: torch.device | str,
+    budget_s: float,
+    min_rounds: int = 12,
+    max_rounds: int = 200,
+    num_input_sets: int = _NUM_INPUT_SETS,
+    reset: Callable[[str], None] | None = None,
+) -> GroupTimings:
+    """Time callables against each other in rounds: each once a round, in an order that favours none.
+
+    Outside the timed span of every call: the input copy, `reset`, the cache sweep, a wait for the device, and the
+    fingerprint of the output. The garbage collector is off; each call runs in its own `torch.no_grad()`. Where
+    processes share the device, this one has it to itself.
+
+    Args:
+        sides: name -> callable.
         make_args: input set number -> a fresh copy of its inputs; earlier copies stay alive, so that addresses move.
         device: where they run.
-        budget_s: time for the whole loop; `min_pairs` are taken even if that takes longer, half of them once it has
+        budget_s: time for the whole loop; `min_rounds` are taken even if that takes longer, half of them once it has
             taken three times the budget and 20 s.
-        min_pairs: pairs to take at least.
-        max_pairs: pairs to take at most.
+        min_rounds: rounds, and so samples a side, to take at least.
+        max_rounds: rounds to take at most; they come in twos.
         num_input_sets: how many input sets rotate.
         reset: called with the side before each call, to restore what the call before it wrote.
     """
-    started_s = time.perf_counter()
-    bench = _Bench(
-        {"baseline": baseline, "candidate": candidate}, make_args, torch.device(device), num_input_sets, reset
-    )
-    call_s = bench.warm(budget_s * _WARM_SHARE)
-    bench.cold = ColdCache(bench.device, call_s=call_s)
-    is_cuda = bench.device.type == "cuda"
-    loop_budget_s = budget_s * (1.0 - (_DEVICE_SHARE if is_cuda else 0.0))
-    times: dict[Side, list[float]] = {"baseline": [], "candidate": []}
-    with _collector_off():
-        loop_started_s = time.perf_counter()
-        for group in range(max(max_pairs // 2, 1)):
-            for side in _ORDERS[group % 2]:
-                times[side].append(bench.time_once(side, group % num_input_sets))
-            elapsed_s = time.perf_counter() - started_s
-            num_pairs = 2 * (group + 1)
-            is_overrun = time.perf_counter() - loop_started_s > max(_MAX_OVERRUN * budget_s, _MIN_OVERRUN_S)
-            needed = min_pairs // 2 if is_overrun else min_pairs
-            if num_pairs >= needed and elapsed_s > loop_budget_s:
-                break
-        spans = bench.device_spans(budget_s * _DEVICE_SHARE, call_s) if is_cuda else {}
-    samples = {side: np.asarray(values) for side, values in times.items()}
-    return PairTimings(
-        samples["baseline"], samples["candidate"],
-        spans.get("baseline"), spans.get("candidate"), bench.prints,
-    )  # fmt: skip
+    bench = _Bench(dict(sides), make_args, torch.device(device), num_input_sets, reset)
+    with exclusive():
+        started_s = time.perf_counter()
+        call_s = bench.warm(budget_s * _WARM_SHARE)
+        bench.cold = ColdCache(bench.device, call_s=call_s)
+        is_cuda = bench.device.type == "cuda"
+        loop_budget_s = budget_s * (1.0 - (_DEVICE_SHARE if is_cuda else 0.0))
+        names = list(sides)
+        times: dict[str, list[float]] = {name: [] for name in names}
+        with _collector_off():
+            loop_started_s = time.perf_counter()
+            for turn in range(max(max_rounds // 2, 1)):
+                for index in (2 * turn, 2 * turn + 1):
+                    for side in _order(names, index):
+                        times[side].append(bench.time_once(side, turn % num_input_sets))
+                elapsed_s = time.perf_counter() - started_s
+                is_overrun = time.perf_counter() - loop_started_s > max(_MAX_OVERRUN * budget_s, _MIN_OVERRUN_S)
+                needed = min_rounds // 2 if is_overrun else min_rounds
+                if 2 * (turn + 1) >= needed and elapsed_s > loop_budget_s:
+                    break
+            spans = bench.device_spans(budget_s * _DEVICE_SHARE, call_s) if is_cuda else {}
+    return GroupTimings({side: np.asarray(values) for side, values in times.items()}, spans, bench.prints)
+
+
+def _order(names: Sequence[str], index: int) -> list[str]:
+    """Return the order of one round: over 2n rounds each side follows each other one equally often.
+
+    Every second round is the one before it backwards, so that linear drift falls on all sides alike; of two sides that
+    is A/B/B/A, then B/A/A/B.
+
+    Source: Williams, Experimental designs balanced for the estimation of residual effects of treatments, 1949.
+    """
+    size = len(names)
+    zigzag = [(step + 1) // 2 if step % 2 else -(step // 2) for step in range(size)]
+    order = [names[(place + index // 2) % size] for place in zigzag]
+    return order[::-1] if index % 2 else order
 
 
 def measure_kernel(call: Callable[[], Any], *, device: torch.device | str) -> float:
@@ -125,7 +178,7 @@ def measure_kernel(call: Callable[[], Any], *, device: torch.device | str) -> fl
         Host time in ms on a CPU.
     """
     chosen = torch.device(device)
-    with torch.no_grad(), _collector_off():
+    with exclusive(), torch.no_grad(), _collector_off():
         call()
         _wait(chosen)
         if chosen.type == "cuda":
@@ -146,19 +199,19 @@ def measure_kernel(call: Callable[[], Any], *, device: torch.device | str) -> fl
 
 @dataclass
 class _Bench:
-    sides: dict[Side, Callable[..., Any]]
+    sides: dict[str, Callable[..., Any]]
     make_args: Callable[[int], Inputs]
     device: torch.device
     num_input_sets: int
-    reset: Callable[[Side], None] | None
+    reset: Callable[[str], None] | None
     cold: Callable[[], None] | None = None
-    prints: list[tuple[Side, int, list[torch.Tensor]]] = field(default_factory=list)
+    prints: list[tuple[str, int, list[torch.Tensor]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # While two earlier copies live, the next one cannot take their addresses.
         self._alive: deque[Inputs] = deque(maxlen=2)
 
-    def _prepare(self, side: Side, input_set: int) -> Inputs:
+    def _prepare(self, side: str, input_set: int) -> Inputs:
         inputs = self.make_args(input_set)
         self._alive.append(inputs)
         if self.reset is not None:
@@ -168,7 +221,7 @@ class _Bench:
         _wait(self.device)
         return inputs
 
-    def time_once(self, side: Side, input_set: int) -> float:
+    def time_once(self, side: str, input_set: int) -> float:
         args, kwargs = self._prepare(side, input_set)
         function = self.sides[side]
         with torch.no_grad():
@@ -180,9 +233,9 @@ class _Bench:
         return elapsed_ns / 1e6
 
     def warm(self, budget_s: float) -> float:
-        """Call both in turn until clocks and caches have settled; return the longer side's last time in s."""
+        """Call all in turn until clocks and caches have settled; return the longest side's last time in s."""
         started_s = time.perf_counter()
-        last_ms: dict[Side, float] = {}
+        last_ms: dict[str, float] = {}
         num_rounds = 0
         while num_rounds < _MIN_WARM_CALLS or (time.perf_counter() - started_s < budget_s and num_rounds < 50):
             for side in self.sides:
@@ -190,10 +243,10 @@ class _Bench:
             num_rounds += 1
         return max(last_ms.values()) / 1e3
 
-    def device_spans(self, budget_s: float, call_s: float) -> dict[Side, np.ndarray]:
+    def device_spans(self, budget_s: float, call_s: float) -> dict[str, np.ndarray]:
         """Time on the device alone: a spinning kernel holds the stream until the host has queued the whole call."""
         spin_cycles = int(min(2.0 * call_s, _MAX_SPIN_S) * _SPIN_CYCLES_PER_S)
-        spans: dict[Side, list[float]] = {side: [] for side in self.sides}
+        spans: dict[str, list[float]] = {side: [] for side in self.sides}
         deadline_s = time.perf_counter() + budget_s
         for repeat in range(_MAX_DEVICE_SPANS):
             for side, function in self.sides.items():

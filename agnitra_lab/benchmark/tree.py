@@ -31,19 +31,20 @@ def tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """Rebuild `value` with every tensor replaced by `change(tensor)`; a tensor met twice is replaced once."""
-    replaced: dict[int, Any] = {}
+    return _rebuild(value, change, {})
 
-    def rebuild(item: Any) -> Any:
-        if isinstance(item, torch.Tensor):
-            if id(item) not in replaced:
-                replaced[id(item)] = change(item)
-            return replaced[id(item)]
-        parts = _parts(item)
-        if parts is None:
-            return item
-        return _with_parts(item, [rebuild(part) for _, part in parts])
 
-    return rebuild(value)
+def _rebuild(item: Any, change: Callable[[torch.Tensor], Any], replaced: dict[int, Any]) -> Any:
+    # No closure that calls itself: it would be a cycle that holds every tensor until the collector runs, and timing
+    # loops switch the collector off.
+    if isinstance(item, torch.Tensor):
+        if id(item) not in replaced:
+            replaced[id(item)] = change(item)
+        return replaced[id(item)]
+    parts = _parts(item)
+    if parts is None:
+        return item
+    return _with_parts(item, [_rebuild(part, change, replaced) for _, part in parts])
 
 
 def _parts(value: Any) -> list[tuple[str, Any]] | None:

@@ -66,6 +66,7 @@ def print_report(report: Report, card_path: Path, json_path: Path) -> None:
 def print_comparison(report: Report, *, is_json: bool, paths: Sequence[Path]) -> None:
     """Baseline against candidate: latency, items/s, speed-up with its interval, equivalence, what to do next."""
     from agnitra_lab.report.assemble import guidance
+    from agnitra_lab.report.sections import break_even
 
     comparison = report.comparison
     if is_json:
@@ -99,6 +100,9 @@ def print_comparison(report: Report, *, is_json: bool, paths: Sequence[Path]) ->
             f"Head to head with {rival.baseline}: {rival.speedup.median:.3f}x "
             f"[{rival.speedup.low:.3f}, {rival.speedup.high:.3f}], {rival.verdict.replace('_', ' ')}."
         )
+    cost = break_even(report)
+    if cost is not None:
+        _line(f"Pays for itself {escape(cost)}.")
     for problem in equivalence.problems:
         _line(f"[{ORANGE}]{escape(problem)}[/]")
     _line(escape(guidance(report)))

@@ -19,6 +19,7 @@ from agnitra_lab.contracts.report import STAGES, AgentNotes, Checkpoint, Report
 from agnitra_lab.contracts.run import Budget, Manifest, Meta, Results, RunSummary
 from agnitra_lab.contracts.search import KernelConfig, SearchResult, SearchSpace, Trial
 from agnitra_lab.contracts.suggestion import Fallback, Proposal, Suggestion
+from agnitra_lab.contracts.suite import SuiteAssignment, SuiteFigures, SuiteResult, SuiteSide
 from agnitra_lab.contracts.telemetry import (
     Behavior,
     Bottleneck,
@@ -52,6 +53,7 @@ PUBLISHED: dict[str, type[Contract]] = {
     "manifest": Manifest,
     "event": Event,
     "report": Report,
+    "suite": SuiteResult,
 }
 """What `agnitra schemas` exports: one JSON Schema a name."""
 
@@ -107,6 +109,10 @@ __all__ = [
     "SearchResult",
     "SearchSpace",
     "Suggestion",
+    "SuiteAssignment",
+    "SuiteFigures",
+    "SuiteResult",
+    "SuiteSide",
     "TelemetryRecord",
     "Timeline",
     "Trial",

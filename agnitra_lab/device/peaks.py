@@ -10,6 +10,7 @@ import torch
 
 from agnitra_lab.contracts.device import DevicePeaks
 from agnitra_lab.device import cpu
+from agnitra_lab.device.exclusive import exclusive
 from agnitra_lab.device.info import synchronize
 
 _COPY_BUDGET_S = 0.15
@@ -43,7 +44,7 @@ def measure_peaks(device: torch.device | str, dtype: torch.dtype) -> DevicePeaks
 
 @cache
 def _measure(device: torch.device, dtype: torch.dtype, float32_precision: str) -> DevicePeaks:
-    with torch.no_grad():
+    with exclusive(), torch.no_grad():
         return DevicePeaks(
             copy_bandwidth_gb_per_s=_copy_bandwidth(device),
             gemm_tflop_per_s=_gemm_rate(device, dtype),

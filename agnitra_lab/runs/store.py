@@ -19,7 +19,7 @@ from agnitra_lab.contracts.run import Category, FileEntry, Manifest, RunSummary
 from agnitra_lab.errors import RunStoreError
 from agnitra_lab.redact import redact, redact_text
 from agnitra_lab.runs import layout
-from agnitra_lab.runs.atomic import ELSEWHERE_HINT, append_line, store_error, write_atomically
+from agnitra_lab.runs.atomic import ELSEWHERE_HINT, append_line, store_error, sync_directory, write_atomically
 
 MAX_ATTEMPTS = 64
 """Draws of a run id before giving up; with 65536 suffixes a second one is rare already."""
@@ -81,6 +81,26 @@ class RunStore:
             hint=ELSEWHERE_HINT,
         )
 
+    def reopen(self, run_id: str, topic: str, *, category: Category = layout.PRIMARY_CATEGORY) -> Run:
+        """Go on with a run of an earlier process. Its manifest goes, so that it reads as incomplete until `finish`.
+
+        Args:
+            run_id: an id under `root`.
+            topic, category: as they were given to `create`.
+
+        Raises:
+            RunStoreError: when there is no such run, or its folder cannot be written.
+        """
+        place = layout.run_directory(self.root, category, topic, run_id)
+        if not place.is_dir():
+            raise RunStoreError(f"There is no run at {place}.", hint="List them: agnitra runs")
+        try:
+            (place / layout.MANIFEST_FILE).unlink(missing_ok=True)
+            sync_directory(place)
+        except OSError as error:
+            raise store_error(error, place) from error
+        return Run(self.root, run_id, topic, category, is_new=False)
+
     def _is_used(self, run_id: str, topic: str) -> bool:
         return any(layout.run_directory(self.root, name, topic, run_id).exists() for name in layout.CATEGORIES)
 
@@ -88,8 +108,8 @@ class RunStore:
 class Run:
     """One run: the same id under every category that it writes to. `RunStore.create` makes it."""
 
-    def __init__(self, root: Path, run_id: str, topic: str, primary: Category) -> None:
-        """Claim the id by making the directory of the primary category.
+    def __init__(self, root: Path, run_id: str, topic: str, primary: Category, *, is_new: bool = True) -> None:
+        """Claim the id by making the directory of the primary category; it is there already where `is_new` is False.
 
         Raises:
             FileExistsError: when the id is taken there.
@@ -100,7 +120,10 @@ class Run:
         self.primary = primary
         self._directories: dict[Category, Path] = {}
         self._finished: set[Category] = set()
-        self._claim(primary)
+        if is_new:
+            self._claim(primary)
+        else:
+            self._directories[primary] = layout.run_directory(root, primary, topic, run_id)
 
     def directory(self, category: Category) -> Path:
         """Directory of this run in a category, made on first use.

@@ -27,11 +27,13 @@ class SuiteEntry:
         builder: "module:function" of a `(scale, device, dtype) -> Workload`, below `agnitra_lab.workloads`.
         family: what kind of model it is.
         is_fp32: stays in fp32 on CUDA too, where the others are bf16.
+        is_algebra: most of its work can be derived away, so means over the suite cap its ratio.
     """
 
     builder: str
     family: Family
     is_fp32: bool = False
+    is_algebra: bool = False
 
 
 SUITE: dict[str, SuiteEntry] = {
@@ -113,7 +115,12 @@ def suite_workload(name: str, *, scale: str | None = None, device: str | None = 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     is_cuda = device.startswith("cuda")
     dtype = torch.bfloat16 if is_cuda and not SUITE[name].is_fp32 else torch.float32
-    return _build(name, scale or ("full" if is_cuda else "small"), device, dtype)
+    return _build(name, scale or default_scale(device), device, dtype)
+
+
+def default_scale(device: str) -> str:
+    """Return the scale of a workload for which none was named: what fits the device."""
+    return "full" if device.startswith("cuda") else "small"
 
 
 def suite_rows(names: Sequence[str] = tuple(SUITE)) -> list[SuiteRow]:

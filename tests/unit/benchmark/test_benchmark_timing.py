@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import time
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,9 @@ import torch
 
 from agnitra_lab.benchmark import timing
 from agnitra_lab.benchmark.outputs import fingerprint, fingerprints_match
-from agnitra_lab.benchmark.timing import measure_kernel, time_pair
+from agnitra_lab.benchmark.timing import measure_kernel, time_group, time_pair
 from agnitra_lab.contracts.workload import Inputs
+from agnitra_lab.device.exclusive import DeviceTurn, take_turns
 
 
 def _inputs(_index: int) -> Inputs:
@@ -29,6 +33,45 @@ def test_calls_alternate_a_b_b_a_then_b_a_a_b() -> None:
     )  # fmt: skip
     timed = "".join(calls)[-8:]
     assert timed == "ABBABAAB"
+
+
+@pytest.mark.parametrize("num_sides", [2, 3, 5, 6])
+def test_in_a_group_each_side_follows_each_other_one_equally_often(num_sides: int) -> None:
+    calls: list[str] = []
+    sides = {name: (lambda x, name=name: calls.append(name)) for name in "abcdef"[:num_sides]}
+    found = time_group(
+        sides, _inputs, device="cpu", budget_s=0.0, min_rounds=2 * num_sides, max_rounds=2 * num_sides
+    )  # fmt: skip
+    timed = calls[-2 * num_sides * num_sides :]
+    rounds = [timed[start : start + num_sides] for start in range(0, len(timed), num_sides)]
+    assert all(sorted(one) == sorted(sides) for one in rounds)
+    followers = Counter(pair for one in rounds for pair in itertools.pairwise(one))
+    assert set(followers.values()) == {2}
+    assert len(followers) == num_sides * (num_sides - 1)
+    assert {name: times.size for name, times in found.wall_ms.items()} == dict.fromkeys(sides, 2 * num_sides)
+    assert found.device_ms == {}
+
+
+def test_a_timed_loop_has_the_device_to_itself(tmp_path: Path) -> None:
+    other, seen = DeviceTurn(tmp_path / "lock"), []
+
+    def call(x: torch.Tensor) -> None:
+        waiting = threading.Thread(target=lambda: other.hold().__enter__(), daemon=True)
+        if not seen:
+            seen.append(waiting)
+            waiting.start()
+        seen[0].join(timeout=0.01)
+        assert seen[0].is_alive()
+
+    take_turns(tmp_path / "lock")
+    try:
+        time_group({"only": call}, _inputs, device="cpu", budget_s=0.0, min_rounds=4)
+        measured = len(seen)
+    finally:
+        take_turns(None)
+    assert measured == 1
+    seen[0].join(timeout=10)
+    assert not seen[0].is_alive()
 
 
 def test_pairs_are_as_many_as_asked_and_every_time_is_positive() -> None:

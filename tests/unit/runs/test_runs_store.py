@@ -272,3 +272,22 @@ def test_the_manifest_on_disk_is_a_valid_contract(tmp_path, make_summary):
     run = RunStore(tmp_path).create("t", "x")
     path = finish(run, make_summary)
     assert Manifest.from_json(path.read_bytes()).run_id == run.run_id
+
+
+def test_a_run_that_is_reopened_reads_as_incomplete_until_it_is_finished_again(tmp_path, make_summary):
+    first = RunStore(tmp_path).create("suite", "suite", category="perf")
+    first.write_text("perf", "workloads/bert.json", "{}")
+    finish(first, make_summary, "perf")
+    again = RunStore(tmp_path).reopen(first.run_id, "suite", category="perf")
+    assert [entry.status for entry in list_runs(tmp_path)] == ["incomplete"]
+    again.write_text("perf", "workloads/vit.json", "{}")
+    finish(again, make_summary, "perf")
+    assert again.directory("perf") == first.directory("perf")
+    assert [entry.status for entry in list_runs(tmp_path)] == ["complete"]
+    assert verify(again.directory("perf")) == ()
+
+
+def test_a_run_that_is_not_there_cannot_be_reopened(tmp_path):
+    with pytest.raises(RunStoreError, match="no run"):
+        RunStore(tmp_path).reopen("20260114_093012_suite_3fa9", "suite", category="perf")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,36 @@
+"""One real workload through the suite, in the process that it gets there, and its table from the shell."""
+
+import json
+from pathlib import Path
+
+from agnitra_lab.loop.suite import SuiteSettings, run_suite
+
+
+def test_a_real_workload_is_timed_on_all_sides_and_filed(tmp_path: Path) -> None:
+    done = run_suite(
+        SuiteSettings(
+            names=("softmax-long-rows",), device="cpu", scale="tiny", modes=("default",), budget_s=1.0, timing_s=0.5,
+            artifacts=tmp_path, command="agnitra suite run softmax-long-rows",
+        )
+    )  # fmt: skip
+    (filed,) = done.filed
+    result = filed.result
+    assert (result.status, result.error) == ("done", None), result
+    eager, default = result.baselines
+    assert (eager.name, eager.compile_s, default.name, default.error) == ("eager", None, "default", None)
+    assert eager.latency.num_samples == default.latency.num_samples == result.candidate.latency.num_samples >= 12
+    assert default.compile_s > 0
+    assert result.candidate.compile_s > 0
+    assert result.is_equivalent
+    assert result.candidate.equivalence.match_share == 1.0
+    fastest = min(result.baselines, key=lambda side: side.latency.latency_ms_p50)
+    assert result.best_baseline == fastest.name
+    assert result.speedup_vs_best.low <= result.speedup_vs_best.median <= result.speedup_vs_best.high
+    assert result.noise.low <= result.noise.median <= result.noise.high
+    assert result.winner in {"eager", *(row.name for row in result.candidates)}
+    assert result.num_guard_misses == 0
+    assert result.device.type == "cpu"
+    assert result.waited_s < result.wall_s
+    assert json.loads((done.directory / "summary.json").read_text())["meta"]["config"]["scale"] == "tiny"
+    # Nothing but the run itself stays: the optimisation's own files and caches were scratch.
+    assert [path.name for path in (tmp_path).iterdir()] == ["perf"]
