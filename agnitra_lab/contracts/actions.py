@@ -27,7 +27,13 @@ ACTIONS: dict[str, Action] = {
             kind="rewrite",
             needs_cuda=True,
             is_measured=True,
-            summary="run scaled_dot_product_attention on the backend that measures fastest for its shape",
+            summary="run scaled_dot_product_attention on the backend that measures fastest, sliding windows in kernels "
+            "that skip what they hide",
+        ),
+        Action(
+            name="attention_by_hand",
+            kind="rewrite",
+            summary="replace softmax(q k^T) v written as single steps by scaled_dot_product_attention",
         ),
         Action(
             name="qkv_concat",
@@ -43,9 +49,85 @@ ACTIONS: dict[str, Action] = {
             name="conv_bn_fold", kind="rewrite", summary="fold an eval-mode batch norm into the convolution before it"
         ),
         Action(
+            name="channels_last",
+            kind="rewrite",
+            is_measured=True,
+            summary="run convolutions with the channels innermost where that measures faster, weights laid out once",
+        ),
+        Action(
+            name="keep_eager",
+            kind="rewrite",
+            summary="keep recurrent layers, and convolutions that compile badly, on their own library kernel in the "
+            "compiled graph",
+        ),
+        Action(
             name="rms_norm", kind="template", needs_cuda=True, summary="one Triton kernel for residual add and RMSNorm"
         ),
-        Action(name="swiglu", kind="template", needs_cuda=True, summary="one Triton kernel for silu(gate) * up"),
+        Action(
+            name="layer_norm",
+            kind="template",
+            needs_cuda=True,
+            summary="one Triton kernel for residual add and LayerNorm, two for very long rows",
+        ),
+        Action(
+            name="channel_norm",
+            kind="template",
+            needs_cuda=True,
+            summary="one Triton kernel for a norm over a middle dimension, such as the channels of images",
+        ),
+        Action(
+            name="group_norm",
+            kind="template",
+            needs_cuda=True,
+            summary="Triton kernels for GroupNorm or InstanceNorm and the SiLU after it",
+        ),
+        Action(name="swiglu", kind="template", needs_cuda=True, summary="one Triton kernel for act(gate) * up"),
+        Action(
+            name="skinny_gemm",
+            kind="template",
+            needs_cuda=True,
+            summary="one Triton kernel for a product of at most 16 rows with its norm, gate, activation and residual",
+        ),
+        Action(
+            name="decode_attention",
+            kind="template",
+            needs_cuda=True,
+            summary="attention of at most 4 queries, split over the keys, in one or two Triton kernels",
+        ),
+        Action(
+            name="softmax",
+            kind="template",
+            needs_cuda=True,
+            summary="one Triton kernel for softmax or log-softmax over the last dimension",
+        ),
+        Action(
+            name="cross_entropy",
+            kind="template",
+            needs_cuda=True,
+            summary="one Triton kernel for the loss of each token, which reads each logit once",
+        ),
+        Action(
+            name="cumsum",
+            kind="template",
+            needs_cuda=True,
+            summary="one Triton kernel for running sums over the last dimension",
+        ),
+        Action(
+            name="split_gemm",
+            kind="template",
+            needs_cuda=True,
+            summary="large fp32 matrix products on the tensor cores in fp16 parts, at the error of fp32",
+        ),
+        Action(
+            name="linear_algebra",
+            kind="rewrite",
+            summary="sums and means taken before a linear or convolution instead of after it; diagonal products",
+        ),
+        Action(
+            name="last_token_head",
+            kind="rewrite",
+            summary="compute only those rows of a head's output that are used",
+        ),
         Action(
             name="freezing",
             kind="options",

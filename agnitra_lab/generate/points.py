@@ -34,6 +34,8 @@ def enumerate_space(
     dtype: str,
     params: dict[str, tuple[int, ...]],
     is_valid: Callable[[dict[str, int]], bool],
+    *,
+    rank: int | None = None,
 ) -> SearchSpace:
     """Enumerate the points of a grid that satisfy the template's constraints, in the grid's order.
 
@@ -43,15 +45,17 @@ def enumerate_space(
         dtype: name of the element type.
         params: every parameter with its values in rising order.
         is_valid: the constraint, over one point.
+        rank: how many numbers the shape must have; None for any.
 
     Raises:
-        TemplateError: for an empty or zero-sized shape, or a dtype that no template takes.
+        TemplateError: for an empty or zero-sized shape, one of another rank, or a dtype that no template takes.
     """
     name = dtype_name(dtype)
     if name is None:
         raise TemplateError(f"{template} takes {', '.join(DTYPES)}, not {dtype}.")
-    if not shape or min(shape) < 1:
-        raise TemplateError(f"{template} needs a shape of numbers of at least 1, not {tuple(shape)}.")
+    if not shape or min(shape) < 1 or rank not in (None, len(shape)):
+        numbers = "numbers" if rank is None else f"{rank} numbers"
+        raise TemplateError(f"{template} needs a shape of {numbers} of at least 1, not {tuple(shape)}.")
     points = (dict(zip(params, values, strict=True)) for values in itertools.product(*params.values()))
     configs = tuple(KernelConfig(template=template, params=point) for point in points if is_valid(point))
     used = {
@@ -99,6 +103,21 @@ def row_rule(shape: tuple[int, ...], *, block_n: int, values_per_thread: int) ->
     rows = max(1, _SMALLEST_TILE // block_n) if num_rows >= 1024 else 1
     warps = max(1, block_n * rows // (32 * values_per_thread))
     return {"BLOCK_N": block_n, "ROWS_PER_PROGRAM": rows, "num_warps": min(16, warps), "num_stages": 2}
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """View x as [rows, columns] with contiguous columns; copies only where no such view exists."""
+    x_MN = x.reshape(-1, x.shape[-1])  # noqa: N806
+    return x_MN if x_MN.stride(1) == 1 else x_MN.contiguous()
+
+
+def launcher(function: Any) -> Any:
+    """Make launches of a Triton function visible to torch.compile; those of the interpreter run as they are."""
+    import triton
+    from torch.library import wrap_triton
+
+    # wrap_triton takes JITFunctions, and nothing else.
+    return wrap_triton(function) if isinstance(function, triton.JITFunction) else function
 
 
 def drawer(dtype: str, device: torch.device | str) -> Callable[..., torch.Tensor]:

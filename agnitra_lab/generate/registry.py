@@ -10,8 +10,17 @@ from agnitra_lab.errors import TemplateError
 from agnitra_lab.optional import require
 
 TEMPLATES: dict[str, str] = {
+    "decode_attention": "agnitra_lab.generate.templates.decode_attention",
+    "channel_norm": "agnitra_lab.generate.templates.channel_norm",
+    "group_norm": "agnitra_lab.generate.templates.group_norm",
+    "layer_norm": "agnitra_lab.generate.templates.layer_norm",
     "rms_norm": "agnitra_lab.generate.templates.rms_norm",
+    "skinny_gemm": "agnitra_lab.generate.templates.skinny_gemm",
     "swiglu": "agnitra_lab.generate.templates.swiglu",
+    "softmax": "agnitra_lab.generate.templates.softmax",
+    "cross_entropy": "agnitra_lab.generate.templates.cross_entropy",
+    "cumsum": "agnitra_lab.generate.templates.cumsum",
+    "split_gemm": "agnitra_lab.generate.templates.split_gemm",
 }
 
 

@@ -31,6 +31,7 @@ class Backend:
     Attributes:
         descriptors: every change made, in graph order.
         refusals: every change asked for and not made.
+        dynamo_options: what Dynamo's config must say while it traces, for the rewrites to see what they look for.
         num_graphs: graphs that Dynamo handed over.
         failure: what Inductor raised on the last graph that it could not compile.
     """
@@ -47,6 +48,10 @@ class Backend:
         self.kernels = kernels
         self.options = dict(options or {})
         self.is_lowered = is_lowered
+        modules = [importlib.import_module(REWRITES[name]) for name in self.actions]
+        self.dynamo_options: dict[str, Any] = {}
+        for module in modules:
+            self.dynamo_options |= getattr(module, "DYNAMO_OPTIONS", {})
         self.descriptors: list[PatchDescriptor] = []
         self.refusals: list[Refusal] = []
         self.num_graphs = 0
@@ -64,16 +69,16 @@ class Backend:
             PatchError: when Inductor cannot compile the rewritten graph.
         """
         self.num_graphs += 1
-        guard = self._rewrite(graph_module, example_inputs)
+        guard, unchanged = self._rewrite(graph_module, example_inputs)
         try:
             run = self._lower(graph_module, list(example_inputs))
         except Exception as error:
             self.failure = error
             raise PatchError(
-                f"Inductor could not compile the rewritten graph: {type(error).__name__}: {_first_line(error)}.",
+                f"Inductor could not compile the rewritten graph: {type(error).__name__}: {first_line(error)}.",
                 hint="The candidate is dropped; the original model is untouched.",
             ) from error
-        graph = _CompiledGraph(run, guard, self._recorder)
+        graph = _CompiledGraph(run, guard, unchanged, self._recorder)
         self._graphs.append(graph)
         if guard.is_needed:
             self.guards.append(guard)
@@ -107,9 +112,12 @@ class Backend:
 
         return cast(Callable[..., Any], compile_fx(graph_module, example_inputs, config_patches=self.options))
 
-    def _rewrite(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> WeightGuard:
+    def _rewrite(
+        self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> tuple[WeightGuard, fx.GraphModule | None]:
+        """Rewrite the graph; return its guard, and the graph as it was where the guard may forbid the new one."""
         if not self.actions:
-            return WeightGuard()
+            return WeightGuard(), None
         pristine = _Snapshot(graph_module)
         dropped: dict[str, Refusal] = {}
         while True:
@@ -124,7 +132,8 @@ class Backend:
         for refusal in [*dropped.values(), *context.refusals]:
             if refusal not in self.refusals:
                 self.refusals.append(refusal)
-        return context.guard
+        unchanged = pristine.graph_module_of() if context.guard.has_assumptions else None
+        return context.guard, unchanged
 
 
 GraphCall = tuple[Callable[..., Any], Sequence[Any], Any]
@@ -140,16 +149,25 @@ class _CompiledGraph:
     """What Dynamo calls, and keeps for as long as it likes: `release` leaves it a shell that holds no memory."""
 
     # Dynamo wraps it and copies its `__dict__`, which would keep alive what `release` lets go.
-    __slots__ = ("_guard", "_recorder", "_run")
+    __slots__ = ("_guard", "_recorder", "_run", "_unchanged")
 
-    def __init__(self, run: Callable[..., Any], guard: WeightGuard, recorder: _Recorder) -> None:
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        guard: WeightGuard,
+        unchanged: Callable[..., Any] | None,
+        recorder: _Recorder,
+    ) -> None:
         self._run: Callable[..., Any] | None = run
         self._recorder = recorder
+        self._unchanged = unchanged
         self._guard = guard if guard.is_needed else None
 
     def __call__(self, *args: Any) -> Any:
         if self._guard is not None:
             self._guard(args)
+            if self._guard.is_broken and self._unchanged is not None:
+                return self._unchanged(*args)
         if self._run is None:
             raise PatchError("This graph was rolled back.", hint="Call the drop-in; it runs the original.")
         if self._recorder.calls is None:
@@ -159,7 +177,7 @@ class _CompiledGraph:
         return outputs
 
     def release(self) -> None:
-        self._run = self._guard = None
+        self._run = self._guard = self._unchanged = None
 
 
 def _apply_all(actions: Sequence[str], context: RewriteContext) -> tuple[Refusal | None, list[PatchDescriptor]]:
@@ -173,7 +191,7 @@ def _apply_all(actions: Sequence[str], context: RewriteContext) -> tuple[Refusal
             graph_module.graph.lint()
             graph_module.recompile()
         except Exception as error:
-            reason = f"the rewrite failed and was dropped: {type(error).__name__}: {_first_line(error)}"
+            reason = f"the rewrite failed and was dropped: {type(error).__name__}: {first_line(error)}"
             return Refusal(action=action, reason=reason), []
         descriptors.extend(made)
     return None, descriptors
@@ -186,6 +204,10 @@ class _Snapshot:
         self.graph_module = graph_module
         self.graph = _copy(graph_module.graph)
         self.buffers = {name for name, _ in graph_module.named_buffers()}
+
+    def graph_module_of(self) -> fx.GraphModule:
+        """Return a module of its own that computes what the graph did."""
+        return fx.GraphModule(self.graph_module, _copy(self.graph))
 
     def restore(self) -> None:
         for name, _ in list(self.graph_module.named_buffers()):
@@ -208,6 +230,10 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else "no message"
+def first_line(error: BaseException) -> str:
+    """Return the line of a message that says what went wrong: a compile worker puts its traceback before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    own = [line for line in lines if not line.startswith(("Set TORCH", "You can suppress", "import torch"))]
+    if not own:
+        return "no message"
+    return f"{own[0]} {own[-1]}" if "exception occurred in a subprocess" in own[0] else own[0]

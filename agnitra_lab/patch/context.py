@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor, fx
+from torch.utils import _pytree
 
 from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.contracts.kernel import Kernel, KernelSource
 from agnitra_lab.contracts.patch import PatchDescriptor, Refusal
 from agnitra_lab.patch.ops import display_name
-from agnitra_lab.patch.weights import Build, DerivedWeight, WeightGuard
+from agnitra_lab.patch.weights import Assumption, Build, DerivedWeight, WeightGuard
 
 _INDEX = re.compile(r"\[(?:'([^']*)'|(\d+))\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in')
+
+
+@dataclass(frozen=True)
+class _Derivation:
+    sources: tuple[fx.Node, ...]
+    build: Build
+    variant: tuple[Any, ...]
 
 
 class RewriteContext:
@@ -46,6 +57,8 @@ class RewriteContext:
         self.refusals: list[Refusal] = []
         self._shared = {} if shared is None else shared
         self.ordinals = {} if ordinals is None else ordinals
+        self._assumed: set[fx.Node] = set()
+        self._derived: dict[fx.Node, _Derivation] = {}
         placeholders = graph_module.graph.find_nodes(op="placeholder")
         self._inputs = {
             node: (index, value) for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=False))
@@ -79,20 +92,26 @@ class RewriteContext:
         is_fake = isinstance(value, torch._subclasses.fake_tensor.FakeTensor)
         return value if isinstance(value, Tensor) and not is_fake else None
 
+    def is_weight(self, node: Any) -> bool:
+        """Whether a node is a parameter of the model, or a weight that a rewrite derived from some."""
+        return node in self._derived or isinstance(self.real_tensor(node), torch.nn.Parameter)
+
     def derive(
         self, action: str, sources: Sequence[fx.Node], build: Build, before: fx.Node, variant: tuple[Any, ...] = ()
     ) -> fx.Node:
         """Add a weight built from the weights behind `sources` and return the node that reads it.
 
-        The graph's callers keep passing the source weights, so the guard sees those of each call.
+        The graph's callers keep passing the source weights, so the guard sees those of each call. A source may be a
+        derived weight itself: the new one then follows the sources of that.
 
         Args:
             build: source tensors -> the derived tensor.
             before: where the reading node is inserted.
             variant: constants that `build` uses; graphs of one model share a derived weight only when they agree.
         """
+        near, (origin, sources, build) = sources[0], self._expand(sources, build)
         tensors = [tensor for tensor in map(self.real_tensor, sources) if tensor is not None]
-        key = (action, variant, *map(id, tensors))
+        key = (action, variant, origin, *map(id, tensors))
         weight = self._shared.get(key)
         if weight is None or not weight.is_current(tensors):
             weight = DerivedWeight(tensors, build)
@@ -102,8 +121,37 @@ class RewriteContext:
         name = self._register(action, weight.value)
         with self.graph_module.graph.inserting_before(before):
             node = self.graph_module.graph.get_attr(name)
-        node.meta["example_value"] = _fake_like(weight.value, sources[0])
+        node.meta["example_value"] = _fake_like(weight.value, near)
+        self._derived[node] = _Derivation(tuple(sources), build, (action, *variant, origin))
         return node
+
+    def _expand(self, sources: Sequence[fx.Node], build: Build) -> tuple[tuple[Any, ...], tuple[fx.Node, ...], Build]:
+        """Return what was derived on the way, the weights that `sources` go back to, and the build from those."""
+        steps = [self._derived.get(source) for source in sources]
+        if not any(steps):
+            return (), tuple(sources), build
+
+        def build_all(*tensors: Tensor) -> Tensor:
+            rest, built = list(tensors), []
+            for step in steps:
+                taken = [rest.pop(0) for _ in (step.sources if step else (None,))]
+                built.append(step.build(*taken) if step else taken[0])
+            return build(*built)
+
+        origins = [step.sources if step else (source,) for step, source in zip(steps, sources, strict=True)]
+        names = tuple(step.variant if step else None for step in steps)
+        return names, tuple(itertools.chain.from_iterable(origins)), build_all
+
+    def assume(self, sources: Collection[fx.Node]) -> None:
+        """Build on the values that these buffers have now: a call that finds others runs the graph as Dynamo gave it.
+
+        Sources that are constants of the graph itself need no check.
+        """
+        for source in sources:
+            tensor = self.real_tensor(source)
+            if source.op == "placeholder" and tensor is not None and source not in self._assumed:
+                self._assumed.add(source)
+                self.guard.watch(Assumption(tensor), (self._inputs[source][0],))
 
     def _register(self, action: str, value: Tensor) -> str:
         number = sum(1 for _ in self.graph_module.buffers())
@@ -153,14 +201,48 @@ class RewriteContext:
             kernel_hash=kernel_hash,
         )
 
-    def call(self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """Insert a call before a node and record its fake value, so that later rewrites can match on it."""
-        with self.graph_module.graph.inserting_before(before):
-            node = self.graph_module.graph.call_function(target, args, kwargs)
+    def call(self, before: fx.Node, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert a call before a node; a string names a method. Its fake value is for the caller to record."""
+        graph = self.graph_module.graph
+        with graph.inserting_before(before):
+            is_method = isinstance(target, str)
+            node = (graph.call_method if is_method else graph.call_function)(target, args, kwargs)  # type: ignore[arg-type]
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if key in before.meta:
                 node.meta[key] = before.meta[key]
         return node
+
+    def again(self, before: fx.Node, node: fx.Node, value: fx.Node) -> fx.Node:
+        """Insert what `node` does to its first argument once more, for another value, before a node."""
+        with self.graph_module.graph.inserting_before(before):
+            copy = self.graph_module.graph.create_node(
+                node.op, node.target, (value, *node.args[1:]), dict(node.kwargs), type_expr=node.type
+            )
+        copy.meta = {key: item for key, item in node.meta.items() if key != "example_value"}
+        copy.meta["example_value"] = view_again(node, value.meta["example_value"])
+        return copy
+
+
+def view_again(node: fx.Node, fake: Tensor) -> Tensor:
+    """Do to a fake tensor what `node` does to its first argument."""
+    call = getattr(fake, node.target) if isinstance(node.target, str) else functools.partial(node.target, fake)
+    return cast(Tensor, call(*node.args[1:], **node.kwargs))
+
+
+def infer(node: fx.Node) -> None:
+    """Record a new node's fake value by running it on those of its arguments; without them it stays unknown."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    values = [source.meta.get("example_value") for source in node.all_input_nodes]
+    modes = [leaf.fake_mode for leaf in _pytree.tree_leaves(values) if isinstance(leaf, FakeTensor)]
+    if not modes or any(value is None for value in values):
+        return
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda source: source.meta["example_value"])
+    with modes[0], torch.no_grad():
+        if node.op == "call_method":
+            node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        elif callable(node.target):
+            node.meta["example_value"] = node.target(*args, **kwargs)
 
 
 def _fake_like(value: Tensor, near: fx.Node) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agnitra_lab.device.exclusive import exclusive
 from agnitra_lab.patch.direct import flat_inputs
 from agnitra_lab.patch.weights import WeightGuard
 
@@ -64,17 +65,14 @@ class FastPath:
         return self._checked(given)
 
     def _checked(self, given: Sequence[Any]) -> tuple[Any, str | None]:
-        if not self._is_pure:
-            reason = self._difference()
-            if reason is not None:
-                return None, reason
-            self._refresh()
-            return self._run(given), None
-        outputs = self._run(given)
+        outputs = self._run(given) if self._is_pure else None
         reason = self._difference()
         if reason is not None:
             return None, reason
-        return (self._run(given) if self._refresh() else outputs), None
+        is_stale = self._refresh()
+        if any(guard.is_broken for guard in self._guards):
+            return None, "weights changed"
+        return (self._run(given) if is_stale or not self._is_pure else outputs), None
 
     def _difference(self) -> str | None:
         for check in self._checks:
@@ -91,7 +89,7 @@ class FastPath:
 def wall_ms(path: FastPath, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """Return the median wall time of one call in ms, idle to idle; it writes state as the call does."""
     samples = []
-    with torch.no_grad():
+    with exclusive(), torch.no_grad():
         for _ in range(_NUM_TIMED_CALLS):
             _wait()
             started = time.perf_counter()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from agnitra_lab.device.graphs import capture
+from agnitra_lab.device.graphs import Segments, capture
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.liveness import Liveness
 
@@ -43,7 +43,7 @@ class GraphedCall:
         self._static = [static[index] for index in self._positions]
         kept = list(map(torch.clone, self._static))
         try:
-            self._graph, self._outputs = capture(lambda: call(static), num_warm_calls=_NUM_WARM_CALLS)
+            self._graph, self._outputs = _captured(lambda: call(static))
             self._graph.replay()
             torch.cuda.synchronize()
         except RuntimeError as error:
@@ -71,6 +71,15 @@ class GraphedCall:
             leaf.clone() if is_cloned else leaf for leaf, is_cloned in zip(self._leaves, self._is_cloned, strict=True)
         ]
         return copies[0] if self._is_single else _pytree.tree_unflatten(copies, self._structure)
+
+
+def _captured(call: Callable[[], Any]) -> tuple[Segments, Any]:
+    try:
+        return capture(call, num_warm_calls=_NUM_WARM_CALLS, should_cut=True)
+    except RuntimeError:
+        # Cutting asks more of a call than capturing does: its ops must go through the dispatcher undisturbed.
+        torch.cuda.synchronize()
+        return capture(call, num_warm_calls=_NUM_WARM_CALLS)
 
 
 def _refuse_uncapturable(leaves: Sequence[Any]) -> None:

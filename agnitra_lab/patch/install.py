@@ -23,7 +23,7 @@ from agnitra_lab.contracts.kernel import KernelSource
 from agnitra_lab.contracts.patch import PatchDescriptor, PatchLog, Refusal, RollbackProof
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import PatchError
-from agnitra_lab.patch.backend import Backend
+from agnitra_lab.patch.backend import Backend, first_line
 from agnitra_lab.patch.dropin import OptimizedModel
 from agnitra_lab.patch.frozen import FrozenWeights
 from agnitra_lab.patch.options import (
@@ -238,6 +238,7 @@ def _compile(
     try:
         with ExitStack() as stack:
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT))
+            stack.enter_context(torch._dynamo.config.patch(getattr(how.get("backend"), "dynamo_options", {})))
             if options.get("freezing"):
                 # Dynamo makes parameters graph constants only while it sees this flag.
                 stack.enter_context(torch._inductor.config.patch(freezing=True))
@@ -276,7 +277,7 @@ def _undo(name: str, before: _Before, how: Mapping[str, Any], raised: Exception 
     before.state.restore()
     before.restore_marks()
     error = _failure(how) or raised
-    reason = f"{type(error).__name__}: {_first_line(error)}" if error is not None else "unknown"
+    reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".") if error is not None else "unknown"
     return PatchError(f"Candidate {name} could not be compiled: {reason}.", hint="The original model is untouched.")
 
 
@@ -320,8 +321,3 @@ def _clone_mask(workload: Workload, outputs: Any) -> tuple[bool, ...]:
     owned = {tensor.untyped_storage().data_ptr() for tensor in [*arguments, *model_tensors(workload.model)]}
     leaves = [leaf for leaf in _pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return tuple(leaf.untyped_storage().data_ptr() not in owned for leaf in leaves)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else "no message"

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from agnitra_lab.patch.ops import argument, binary, fake_of, is_cast, op_name
+from agnitra_lab.patch.ops import argument, binary, fake_of, is_cast, is_widening, op_name, without_widening
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ def _match_chain(node: fx.Node) -> RMSNorm | None:
     if down is None:
         return None
     squared_of, eps, inner = down
-    x = _without_widening(squared_of)
+    x = without_widening(squared_of)
     product = _sole_user(node)
     operands = binary(product, "mul")
     if operands is None or product is None:
         return None
     scaled = operands[1] if operands[0] is node else operands[0]
-    if _without_widening(scaled) is not x:
+    if without_widening(scaled) is not x:
         return None
     up = _match_up(product)
     if up is None:
@@ -132,7 +132,7 @@ def _match_up(product: fx.Node) -> tuple[fx.Node, bool, list[fx.Node]] | None:
     if not isinstance(weight, fx.Node) or weight is value:
         return None
     weight_casts = [cast for cast in _widening_casts(weight) if len(cast.users) == 1]
-    bare = _without_widening(weight)
+    bare = without_widening(weight)
     fake_weight, normed, fake_product = fake_of(bare), fake_of(product), fake_of(value)
     if fake_weight is None or fake_weight.dim() != 1 or normed is None or fake_product is None:
         return None
@@ -159,22 +159,9 @@ def _is_narrowing(node: fx.Node) -> bool:
     return before is not None and after is not None and after.dtype.itemsize <= before.dtype.itemsize
 
 
-def _is_widening(node: Any) -> bool:
-    if not is_cast(node):
-        return False
-    before, after = fake_of(node.args[0]), fake_of(node)
-    return before is not None and after is not None and torch.promote_types(before.dtype, after.dtype) is after.dtype
-
-
-def _without_widening(node: Any) -> Any:
-    while _is_widening(node):
-        node = node.args[0]
-    return node
-
-
 def _widening_casts(node: Any) -> list[fx.Node]:
     casts = []
-    while _is_widening(node):
+    while is_widening(node):
         casts.append(node)
         node = node.args[0]
     return casts

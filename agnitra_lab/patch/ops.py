@@ -13,21 +13,52 @@ from torch.nn import functional
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch._C._nn.linear: "linear",
     functional.linear: "linear",
+    operator.matmul: "matmul",
+    torch.matmul: "matmul",
+    torch.mm: "matmul",
+    torch.addmm: "addmm",
+    functional.relu: "relu",
+    torch.relu: "relu",
+    functional.dropout: "dropout",
+    torch.repeat_interleave: "repeat_interleave",
     operator.add: "add",
     torch.add: "add",
     operator.mul: "mul",
     torch.mul: "mul",
     torch.multiply: "mul",
+    operator.sub: "sub",
+    torch.sub: "sub",
+    torch.subtract: "sub",
+    operator.truediv: "div",
+    torch.div: "div",
+    torch.divide: "div",
+    torch.true_divide: "div",
     operator.pow: "pow",
     torch.pow: "pow",
     torch.square: "square",
     torch.mean: "mean",
+    torch.sum: "sum",
+    torch.var: "var",
+    torch.var_mean: "var_mean",
+    torch.norm: "norm",
+    torch.linalg.norm: "norm",
+    torch.linalg.vector_norm: "norm",
+    torch.clamp: "clamp",
+    torch.clamp_min: "clamp_min",
+    torch.sqrt: "sqrt",
     torch.rsqrt: "rsqrt",
     torch.sigmoid: "sigmoid",
     functional.sigmoid: "sigmoid",
     functional.silu: "silu",
     functional.gelu: "gelu",
     torch._C._nn.gelu: "gelu",
+    functional.glu: "glu",
+    functional.layer_norm: "layer_norm",
+    torch.layer_norm: "layer_norm",
+    functional.group_norm: "group_norm",
+    torch.group_norm: "group_norm",
+    functional.instance_norm: "instance_norm",
+    functional.normalize: "normalize",
     functional.rms_norm: "rms_norm",
     torch.rms_norm: "rms_norm",
     functional.batch_norm: "batch_norm",
@@ -54,14 +85,83 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.unflatten: "unflatten",
     torch.tensor_split: "tensor_split",
     operator.setitem: "setitem",
+    getattr: "getattr",
+    functional.softmax: "softmax",
+    torch.softmax: "softmax",
+    torch.special.softmax: "softmax",
+    functional.log_softmax: "log_softmax",
+    torch.log_softmax: "log_softmax",
+    torch.special.log_softmax: "log_softmax",
+    functional.cross_entropy: "cross_entropy",
+    functional.nll_loss: "nll_loss",
+    torch.cumsum: "cumsum",
+    torch.flip: "flip",
+    torch.gather: "gather",
+    torch.exp: "exp",
+    torch.bmm: "matmul",
+    torch.baddbmm: "baddbmm",
+    torch.functional.einsum: "einsum",
+    torch.dropout: "dropout",
+    torch.masked_fill: "masked_fill",
+    torch.where: "where",
+    torch.max: "max",
+    torch.amax: "amax",
+    torch.logsumexp: "logsumexp",
+    torch.special.logsumexp: "logsumexp",
+    torch.einsum: "einsum",
+    functional.bilinear: "bilinear",
+    functional.conv1d: "conv1d",
+    torch.conv1d: "conv1d",
+    functional.conv3d: "conv3d",
+    torch.conv3d: "conv3d",
+    functional.conv_transpose1d: "conv_transpose1d",
+    torch.conv_transpose1d: "conv_transpose1d",
+    functional.conv_transpose2d: "conv_transpose2d",
+    torch.conv_transpose2d: "conv_transpose2d",
+    functional.conv_transpose3d: "conv_transpose3d",
+    torch.conv_transpose3d: "conv_transpose3d",
+    torch.lstm: "lstm",
+    torch.gru: "gru",
+    torch.rnn_tanh: "rnn_tanh",
+    torch.rnn_relu: "rnn_relu",
+    torch.topk: "topk",
+    torch.sort: "sort",
+    torch.multinomial: "multinomial",
+    torch.diag: "diag",
+    torch.diag_embed: "diag_embed",
+    torch.linalg.diagonal: "diagonal",
+    operator.neg: "neg",
+    torch.neg: "neg",
+    torch.negative: "neg",
+    torch.tanh: "tanh",
+    functional.tanh: "tanh",
+    functional.adaptive_avg_pool1d: "adaptive_avg_pool",
+    torch.adaptive_avg_pool1d: "adaptive_avg_pool",
+    functional.adaptive_avg_pool2d: "adaptive_avg_pool",
+    functional.adaptive_avg_pool3d: "adaptive_avg_pool",
+    torch.t: "t",
+    torch.index_select: "index_select",
 }
 
 _METHODS = {
-    "add", "mul", "pow", "square", "mean", "rsqrt", "sigmoid", "float", "to", "type", "type_as", "view", "reshape",
-    "transpose", "permute", "unsqueeze", "squeeze", "flatten", "unflatten", "split", "chunk", "unbind", "select",
-    "narrow", "expand", "expand_as", "contiguous", "detach", "view_as", "t", "swapaxes", "movedim", "as_strided",
-    "half", "double", "bfloat16", "cpu", "cuda", "alias", "diagonal", "unfold", "tensor_split", "reshape_as",
+    "add", "sub", "mul", "div", "pow", "square", "mean", "sum", "max", "amax", "var", "norm", "clamp", "clamp_min",
+    "sqrt", "rsqrt", "exp", "logsumexp", "sigmoid", "relu", "softmax", "log_softmax", "cumsum", "flip", "gather",
+    "topk", "sort", "multinomial", "matmul", "baddbmm", "addmm", "masked_fill", "where", "clone", "bool",
+    "repeat_interleave", "float", "to", "type", "type_as", "view", "reshape", "transpose", "permute", "unsqueeze",
+    "squeeze", "flatten",
+    "unflatten", "split", "chunk", "unbind", "select", "narrow", "expand", "expand_as", "contiguous", "detach",
+    "view_as", "t", "swapaxes", "movedim", "as_strided", "half", "double", "bfloat16", "cpu", "cuda", "alias",
+    "diagonal", "unfold", "tensor_split", "reshape_as", "index_select", "neg", "tanh", "diag", "diag_embed",
 }  # fmt: skip
+
+# `x.T` is no call of an op of its own: Dynamo leaves the attribute to the tensor.
+_ATTRIBUTES = {"T": "t", "mT": "matrix_transpose"}
+
+_METHOD_NAMES = {
+    "bmm": "matmul", "mm": "matmul", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub",
+}  # fmt: skip
+
+_IN_PLACE_TWINS = {operator.iadd: "add", operator.isub: "sub", operator.imul: "mul", operator.itruediv: "div"}
 
 _CASTS = {"float", "to", "type", "type_as", "half", "double", "bfloat16", "cpu", "cuda"}
 
@@ -69,7 +169,9 @@ _CASTS = {"float", "to", "type", "type_as", "half", "double", "bfloat16", "cpu",
 _VIEWS = _CASTS | {
     "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "unflatten", "split", "chunk",
     "unbind", "select", "narrow", "expand", "expand_as", "contiguous", "detach", "view_as", "t", "swapaxes",
-    "movedim", "as_strided", "getitem", "alias", "diagonal", "unfold", "tensor_split", "reshape_as",
+    "movedim", "as_strided", "getitem", "alias", "diagonal", "unfold", "tensor_split", "reshape_as", "getattr",
+    "matrix_transpose",
+    "dropout",
 }  # fmt: skip
 
 _PYTHON_IN_PLACE = {
@@ -83,10 +185,38 @@ def op_name(node: Any) -> str | None:
     if not isinstance(node, fx.Node):
         return None
     if node.op == "call_function":
+        if node.target is getattr and len(node.args) == 2 and node.args[1] in _ATTRIBUTES:
+            return _ATTRIBUTES[str(node.args[1])]
         return _FUNCTIONS.get(node.target) if callable(node.target) else None
     if node.op == "call_method":
-        return str(node.target) if node.target in _METHODS else None
+        name = _METHOD_NAMES.get(str(node.target), str(node.target))
+        return name if name in _METHODS else None
     return None
+
+
+def value_name(node: Any) -> str | None:
+    """Return `op_name`, with an in-place op under the name of the op whose value it leaves: `x += y` is an add."""
+    if isinstance(node, fx.Node) and is_in_place(node):
+        if node.op == "call_method":
+            name = _METHOD_NAMES.get(str(node.target)[:-1], str(node.target)[:-1])
+            return name if name in _METHODS else None
+        return _IN_PLACE_TWINS.get(node.target) if callable(node.target) else None
+    return op_name(node)
+
+
+def thread_in_place(graph: fx.Graph) -> None:
+    """Let every later use of a tensor that was written in place read the write's own result, which is that tensor.
+
+    The graph computes the same; a pattern is then one chain, whether its author wrote `x.add_(y)` as a statement or
+    `x = x + y`.
+    """
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        seen.add(node)
+        is_chain = value_name(node) is not None and is_in_place(node) and node.kwargs.get("out") is None
+        target = node.args[0] if is_chain and node.args else None
+        if isinstance(target, fx.Node) and value_name(node) != "setitem":
+            target.replace_all_uses_with(node, delete_user_cb=lambda user: user not in seen)
 
 
 def display_name(node: fx.Node) -> str:
@@ -124,6 +254,30 @@ def without_casts(node: Any) -> Any:
     return node
 
 
+def is_widening(node: Any) -> bool:
+    """Whether a node casts its argument to a dtype that holds every value of the argument's."""
+    if not is_cast(node):
+        return False
+    before, after = fake_of(node.args[0]), fake_of(node)
+    """Whether a node is a cast that loses nothing, such as bfloat16 to float32."""
+    before, after = (fake_of(node.args[0]), fake_of(node)) if is_cast(node) else (None, None)
+    return before is not None and after is not None and torch.promote_types(before.dtype, after.dtype) is after.dtype
+
+
+def without_widening(node: Any) -> Any:
+    """Return the value under a chain of widening casts."""
+    """Return the value under a chain of casts that lose nothing."""
+    while is_widening(node):
+        node = node.args[0]
+    return node
+
+
+def is_view(node: Any) -> bool:
+    """Whether a node's result may share memory with its first argument, and holds the same values where it does not."""
+    """Whether a node's result may share memory with its first argument: a view, a cast, a dropout that is off."""
+    return op_name(node) in _VIEWS
+
+
 def binary(node: Any, name: str) -> tuple[Any, Any] | None:
     """Return both operands when `node` is the plain two-operand op `name` (no `alpha`, no `out`)."""
     if op_name(node) != name or len(node.args) != 2 or node.kwargs:
@@ -132,8 +286,8 @@ def binary(node: Any, name: str) -> tuple[Any, Any] | None:
 
 
 def memory_root(node: fx.Node) -> fx.Node:
-    """Return the node whose memory `node` may share, through views and casts that may be no copy."""
-    while op_name(node) in _VIEWS or is_in_place(node):
+    """Return the node whose memory `node` may share, through views, and casts and dropouts that may be no copy."""
+    while is_view(node) or is_in_place(node):
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             return node

@@ -25,6 +25,20 @@ OPTION_ACTIONS: dict[str, dict[str, Any]] = {
 def merge_options(
     workload: Workload, actions: Sequence[str], options: Mapping[str, Any], base_mode: str | None
 ) -> tuple[dict[str, Any], list[str], list[Refusal]]:
+    """Put together what Inductor is told, in the order mode, given options, option actions.
+
+    Args:
+        workload: decides whether an action can apply.
+        actions: names of actions; those of another kind are left alone.
+        options: as `torch.compile(options=...)` takes them.
+        base_mode: a torch.compile mode whose options come first.
+
+    Returns:
+        The options, the option actions that are in them, and why the others are not.
+
+    Raises:
+        PatchError: an unknown mode.
+    """
     merged = {**(mode_options(base_mode) if base_mode else {}), **options}
     taken: list[str] = []
     refusals: list[Refusal] = []
@@ -42,6 +56,11 @@ def merge_options(
 
 
 def mode_options(mode: str) -> dict[str, Any]:
+    """Return the Inductor options of a torch.compile mode.
+
+    Raises:
+        PatchError: an unknown mode, with the known ones.
+    """
     from torch._inductor import list_mode_options
 
     try:
@@ -52,6 +71,7 @@ def mode_options(mode: str) -> dict[str, Any]:
 
 
 def describe_option(action: str, options: Mapping[str, Any]) -> PatchDescriptor:
+    """Return the descriptor of an option action: it changes how the whole graph is compiled."""
     config = {key: options[key] for key in OPTION_ACTIONS[action]}
     return PatchDescriptor(
         name=f"{action}__root__0",
@@ -67,10 +87,12 @@ def describe_option(action: str, options: Mapping[str, Any]) -> PatchDescriptor:
 
 
 def model_tensors(model: Callable[..., Any]) -> list[Tensor]:
+    """Return parameters and buffers; a plain callable has none."""
     return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
 
 
 def uses_cuda(workload: Workload) -> bool:
+    """Whether an input or a weight lies on a CUDA device."""
     leaves = _pytree.tree_leaves((workload.args, dict(workload.kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return any(tensor.device.type == "cuda" for tensor in [*tensors, *model_tensors(workload.model)])

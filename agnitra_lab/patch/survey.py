@@ -42,7 +42,8 @@ def survey(workload: Workload, actions: Sequence[str], kernels: KernelSource) ->
     backend = Backend(actions, kernels=kernels, is_lowered=False)
     state = MutableState.of(workload)
     try:
-        run_original(workload, torch.compile(fresh_entry(workload.model), dynamic=False, backend=backend))
+        with torch._dynamo.config.patch(backend.dynamo_options):
+            run_original(workload, torch.compile(fresh_entry(workload.model), dynamic=False, backend=backend))
     except Exception as error:
         return Survey(frozenset(), (Refusal(action="survey", reason=f"{type(error).__name__}: {str(error)[:200]}"),))
     finally:

@@ -25,6 +25,17 @@ def why_not_derivable(sources: Sequence[Any]) -> str | None:
     return None
 
 
+def _own(value: Tensor, sources: Sequence[Tensor]) -> Tensor:
+    """Return a packed tensor in memory of its own, in the memory format that it was built in."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    is_packed = value.is_contiguous() or (
+        value.dim() in formats and value.is_contiguous(memory_format=formats[value.dim()])
+    )
+    if not is_packed:
+        value = value.contiguous()
+    return value.clone() if any(value.data_ptr() == source.data_ptr() for source in sources) else value
+
+
 class DerivedWeight:
     """A tensor built from source weights, rebuilt in place when they change.
 
@@ -33,11 +44,13 @@ class DerivedWeight:
     see them, and `refresh` must be called after them.
     """
 
+    is_broken = False
+
     def __init__(self, sources: Sequence[Tensor], build: Build) -> None:
         self.build = build
         # A tensor made in inference mode could never be refreshed outside it.
         with torch.inference_mode(False), torch.no_grad():
-            self.value = build(*[source.detach() for source in sources]).contiguous()
+            self.value = _own(build(*[source.detach() for source in sources]), sources)
         self._stamp(sources)
 
     def _stamp(self, sources: Sequence[Tensor]) -> None:
@@ -60,10 +73,28 @@ class DerivedWeight:
         self._stamp(sources)
 
 
+class Assumption(DerivedWeight):
+    """The value of a buffer that code was made for. A new value cannot be taken over, it breaks the assumption."""
+
+    def __init__(self, source: Tensor) -> None:
+        super().__init__([source], torch.clone)
+
+    def refresh(self, sources: Sequence[Tensor]) -> None:
+        """Compare the new value with the assumed one."""
+        self.is_broken = not torch.equal(self.value, sources[0].detach())
+        self._stamp(sources)
+
+
 class WeightGuard:
-    """The check before each call of one compiled graph: are its derived weights those of the weights passed in?"""
+    """The check before each call of one compiled graph: are its derived weights those of the weights passed in?
+
+    Attributes:
+        num_refreshes: derived weights that were rebuilt.
+        is_broken: a buffer has another value than the graph was made for; the graph must not run.
+    """
 
     def __init__(self) -> None:
+        self.is_broken = False
         self._entries: list[tuple[DerivedWeight, tuple[int, ...]]] = []
         self._indices: list[int] = []
         self._versions: list[int] = []
@@ -76,6 +107,11 @@ class WeightGuard:
         """Whether anything is watched."""
         return bool(self._entries)
 
+    @property
+    def has_assumptions(self) -> bool:
+        """Whether the graph can become wrong, not only out of date."""
+        return any(isinstance(weight, Assumption) for weight, _ in self._entries)
+
     def watch(self, weight: DerivedWeight, indices: tuple[int, ...]) -> None:
         """Check `weight` against the graph inputs at `indices` from now on."""
         self._entries.append((weight, indices))
@@ -83,6 +119,7 @@ class WeightGuard:
         self._remember()
 
     def _remember(self) -> None:
+        self.is_broken = any(weight.is_broken for weight, _ in self._entries)
         self._sources = [source for weight, _ in self._entries for source in weight.sources]
         self._versions = [version for weight, _ in self._entries for version in weight.versions]
         self._addresses = [address for weight, _ in self._entries for address in weight.addresses]

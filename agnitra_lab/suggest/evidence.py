@@ -38,6 +38,15 @@ BATCH_NORM_OPS = frozenset(
     )
 )  # fmt: skip
 RMS_NORM_OPS = frozenset(f"aten::{name}" for name in ("rms_norm", "_fused_rms_norm", "rsqrt", "pow", "mean"))
+SOFTMAX_OPS = frozenset(f"aten::{name}" for name in ("softmax", "_softmax", "log_softmax", "_log_softmax", "exp"))
+ATTENTION_BY_HAND_OPS = SOFTMAX_OPS | {"aten::matmul", "aten::bmm", "aten::baddbmm", "aten::masked_fill", "aten::add"}
+LOSS_OPS = SOFTMAX_OPS | {"aten::cross_entropy_loss", "aten::nll_loss_nd", "aten::nll_loss_forward", "aten::_to_copy"}
+SCAN_OPS = frozenset({"aten::cumsum"})
+LAYER_NORM_OPS = frozenset({"aten::layer_norm", "aten::native_layer_norm"})
+GROUP_NORM_OPS = frozenset({"aten::group_norm", "aten::native_group_norm"})
+RNN_OPS = frozenset(
+    f"aten::{name}" for name in ("lstm", "gru", "_cudnn_rnn", "mkldnn_rnn_layer", "_thnn_fused_lstm_cell")
+)
 SILU_OPS = frozenset(f"aten::{name}" for name in ("silu", "silu_"))
 
 REQUIRED_PATTERN: dict[str, str] = {
@@ -47,6 +56,7 @@ REQUIRED_PATTERN: dict[str, str] = {
     "swiglu": "gated_mlp",
     "rms_norm": "rms_norm",
     "conv_bn_fold": "conv_bn",
+    "channels_last": "conv",
 }
 """The pattern that an action rewrites, for where nobody has tried the rewrites on the graph itself."""
 
@@ -120,6 +130,7 @@ def is_present(pattern: str, record: TelemetryRecord, profile: WorkloadProfile) 
         "transformer_attention": bool(seen & ATTENTION_OPS),
         "gated_mlp": bool(seen & SILU_OPS) and "aten::mul" in seen and bool(seen & LINEAR_OPS),
         "rms_norm": bool(seen & {"aten::rms_norm", "aten::_fused_rms_norm"}) or {"aten::rsqrt", "aten::mean"} <= seen,
+        "conv": bool(seen & CONV_OPS),
         "conv_bn": bool(seen & BATCH_NORM_OPS) and bool(seen & CONV_OPS),
     }
     return betrayed_by.get(pattern, False)
@@ -153,7 +164,8 @@ def possible_actions(
 def _has_target(action: str, record: TelemetryRecord, profile: WorkloadProfile) -> bool:
     pattern = REQUIRED_PATTERN.get(action)
     if pattern is None:
-        return True
+        # Only the rewrites themselves know where it would apply.
+        return ACTIONS[action].kind == "options"
     hinted = [match.optimization_hints.get("actions") for match in profile.patterns if match.pattern_name == pattern]
     if hinted and all(isinstance(names, list) for names in hinted):
         # The analysis knows which variant it matched: GeGLU is a gated MLP that the SwiGLU kernel cannot replace.

@@ -1,4 +1,4 @@
-"""Runs the conformance suite of the templates in a process where Triton interprets its kernels on the CPU."""
+"""Runs the conformance suites of the templates in a process where Triton interprets its kernels on the CPU."""
 
 import os
 import re
@@ -10,19 +10,30 @@ import pytest
 
 pytest.importorskip("triton")
 
-SUITE = Path(__file__).with_name("templates_in_interpreter.py")
+SUITES = {
+    "decode_in_interpreter.py": 10,
+    "norms_in_interpreter.py": 10,
+    "rows_in_interpreter.py": 10,
+    "split_gemm_in_interpreter.py": 5,
+    "templates_in_interpreter.py": 10,
+}
+"""File -> the number of tests that it passes at least."""
+EVERY_NTH = os.environ.get("AGNITRA_EVERY_NTH", "8")
+"""The interpreter takes minutes for each suite: one test in eight here, all of them with AGNITRA_EVERY_NTH=1."""
 
 
 @pytest.mark.slow
-def test_every_template_agrees_with_fp64_and_every_planted_bug_is_caught() -> None:
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_template_agrees_with_fp64_and_every_planted_bug_is_caught(suite: str) -> None:
+    path = Path(__file__).with_name(suite)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider", "--no-header"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "pytest", str(path), "-q", "-p", "no:cacheprovider", "--no-header"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "AGNITRA_EVERY_NTH": EVERY_NTH},
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed.group(1)) > 50
+    assert passed is not None and int(passed.group(1)) >= SUITES[suite]
     assert "skipped" not in done.stdout

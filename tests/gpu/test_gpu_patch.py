@@ -211,7 +211,7 @@ def test_a_backend_forced_into_the_graph_survives_inductor():
     from agnitra_lab.patch.rewrites import sdpa_backend
 
     q = x_of(1, 64, 4, 64).transpose(1, 2)
-    forced = sdpa_backend._on_backend(SDPBackend.EFFICIENT_ATTENTION, q.stride())
+    forced = sdpa_backend._on_backend(SDPBackend.EFFICIENT_ATTENTION)
     with torch.no_grad():
         _, codes = run_and_get_code(torch.compile(lambda q: forced(query=q, key=q, value=q)), q)
     assert "efficient_attention" in codes[0]

@@ -63,7 +63,7 @@ def kernel(
             rounded = h.to(dtype)
             tl.store(summed_rows + offs_n[None, :], rounded, mask=mask)
             h = rounded.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(h * h, axis=1) / num_cols + eps)
+        scale = tl.rsqrt(tl.sum(h * h, axis=1) / num_cols + tl.cast(eps, tl.float32))
         normed = h * scale[:, None]
         if CAST_BEFORE_WEIGHT:
             normed = normed.to(dtype).to(tl.float32)
@@ -78,7 +78,7 @@ def kernel(
                 h += tl.load(residual_rows + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
                 h = h.to(dtype).to(tl.float32)
             acc += h * h
-        scale = tl.rsqrt(tl.sum(acc, axis=1) / num_cols + eps)
+        scale = tl.rsqrt(tl.sum(acc, axis=1) / num_cols + tl.cast(eps, tl.float32))
         # The second pass adds again instead of reading back `summed`: a store and a load of one address in one kernel
         # would need a barrier, and the inputs are still in the L2.
         for start in tl.range(0, num_cols, BLOCK_N, num_stages=NUM_STAGES):

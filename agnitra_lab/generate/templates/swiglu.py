@@ -1,7 +1,7 @@
-"""silu(gate) * up in one pass over memory, where gate and up may be halves of one merged projection.
+"""act(gate) * up in one pass over memory, where gate and up may be halves of one merged projection.
 
-silu is computed in fp32 and rounded to the input dtype before the product, as two separate ops would; with
-`round_silu=False` the product is rounded once, which is nearer to the exact value and no longer equal to eager.
+The activation (silu, gelu, gelu_tanh, relu or sigmoid) is computed in fp32 and rounded to the input dtype before the
+product, as two separate ops would; with `round_silu=False` the product is rounded once, as `F.glu` does.
 
 Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv 2002.05202, section 2.
 """
@@ -17,6 +17,8 @@ from agnitra_lab.contracts.search import SearchSpace
 from agnitra_lab.generate.points import check_call, drawer, enumerate_space, itemsize, next_power_of_two, row_rule
 
 PARAMS = ("BLOCK_N", "ROWS_PER_PROGRAM", "num_warps", "num_stages")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")
+"""Their places are the numbers that the kernel knows them by."""
 MAX_TILE = 8192
 """Elements of gate that one program may hold: with up and the result about 96 fp32 values a thread at 8 warps."""
 
@@ -33,6 +35,7 @@ def kernel(
     ROUND_SILU: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS_PER_PROGRAM: tl.constexpr,
+    ACTIVATION: tl.constexpr = 0,
 ):
     num_blocks = tl.cdiv(num_cols, BLOCK_N)
     pid = tl.program_id(0)
@@ -43,7 +46,19 @@ def kernel(
     gate = tl.load(gate_ptr + offs_m[:, None] * stride_gm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + offs_m[:, None] * stride_um + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
-    activated = gate / (1.0 + tl.exp(-gate))
+    if ACTIVATION == 1:
+        activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    elif ACTIVATION == 2:
+        # 0.5 (1 + tanh(u)) is the sigmoid of 2u: no cancellation where tanh nears -1.
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        activated = gate / (1.0 + tl.exp(-inner))
+    elif ACTIVATION == 3:
+        # A comparison, because a maximum would swallow NaN.
+        activated = tl.where(gate < 0.0, 0.0, gate)
+    elif ACTIVATION == 4:
+        activated = 1.0 / (1.0 + tl.exp(-gate))
+    else:
+        activated = gate / (1.0 + tl.exp(-gate))
     if ROUND_SILU:
         activated = activated.to(dtype).to(tl.float32)
     tl.store(out_ptr + offs_m[:, None] * num_cols + offs_n[None, :], (activated * up).to(dtype), mask=mask)
@@ -62,6 +77,7 @@ def _swiglu(
     rows_per_program: int,
     num_warps: int,
     num_stages: int,
+    activation: str = "silu",
 ) -> torch.Tensor:
     gate_MN = _as_rows(gate)
     up_MN = _as_rows(up)
@@ -81,6 +97,7 @@ def _swiglu(
         ROUND_SILU=round_silu,
         BLOCK_N=block_n,
         ROWS_PER_PROGRAM=rows_per_program,
+        ACTIVATION=ACTIVATIONS.index(activation),
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -93,24 +110,31 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
     return x_MN if x_MN.stride(1) == 1 else x_MN.contiguous()
 
 
-def launch(params: dict[str, int], gate: torch.Tensor, up: torch.Tensor, round_silu: bool = True) -> torch.Tensor:
+def launch(
+    params: dict[str, int],
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    round_silu: bool = True,
+    activation: str = "silu",
+) -> torch.Tensor:
     """Run the kernel with one config.
 
     Args:
         params: BLOCK_N, ROWS_PER_PROGRAM, num_warps, num_stages.
         gate: [..., N] floating tensor on a CUDA device (any device in the interpreter); any row stride.
         up: shape and dtype of gate; any row stride.
-        round_silu: round silu(gate) to the input dtype before the product.
+        round_silu: round the activated gate to the input dtype before the product.
+        activation: "silu", "gelu" (by the error function), "gelu_tanh", "relu" or "sigmoid".
 
     Returns:
-        silu(gate) * up, of gate's shape and contiguous.
+        act(gate) * up, of gate's shape and contiguous.
 
     Raises:
         TemplateError: under grad, on a CPU, or for tensors that `supports` refuses.
     """
-    check_call("swiglu", (gate, up), supports(gate, up), _IS_COMPILED)
+    check_call("swiglu", (gate, up), supports(gate, up, activation), _IS_COMPILED)
     config = (params["BLOCK_N"], params["ROWS_PER_PROGRAM"], params["num_warps"], params["num_stages"])
-    return torch.ops.agnitra.swiglu(gate, up, round_silu, *config)
+    return torch.ops.agnitra.swiglu(gate, up, round_silu, *config, activation)
 
 
 def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
@@ -169,16 +193,24 @@ def cost(shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
     return 3 * num_elements * itemsize(dtype), 5 * num_elements
 
 
-def reference(gate: torch.Tensor, up: torch.Tensor, round_silu: bool = True) -> torch.Tensor:
+def reference(gate: torch.Tensor, up: torch.Tensor, round_silu: bool = True, activation: str = "silu") -> torch.Tensor:
     """Compute the same in plain torch; fp64 stays fp64."""
     if round_silu:
-        return torch.nn.functional.silu(gate) * up
+        return _activate(gate, activation) * up
     wide = torch.float64 if gate.dtype == torch.float64 else torch.float32
-    return (torch.nn.functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+    return (_activate(gate.to(wide), activation) * up.to(wide)).to(gate.dtype)
 
 
-def supports(gate: torch.Tensor, up: torch.Tensor) -> str | None:
+def _activate(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation.startswith("gelu"):
+        return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return {"silu": torch.nn.functional.silu, "relu": torch.relu, "sigmoid": torch.sigmoid}[activation](gate)
+
+
+def supports(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> str | None:
     """Say why these tensors (real, fake or meta) must keep their own ops, or None when the template takes them."""
+    if activation not in ACTIVATIONS:
+        return f"swiglu knows {', '.join(ACTIVATIONS)}, not {activation!r}"
     if gate.dtype not in _DTYPES:
         return f"swiglu takes float32, bfloat16 or float16, not {gate.dtype}"
     if gate.dim() < 1 or gate.numel() < 1:

@@ -1,11 +1,33 @@
 """Graph rewrites, one a file: Dynamo-level graph and inputs -> the same graph, changed, and patch descriptors."""
 
-REWRITES: dict[str, str] = {
-    "conv_bn_fold": "agnitra_lab.patch.rewrites.conv_bn_fold",
-    "rms_norm": "agnitra_lab.patch.rewrites.rms_norm",
-    "gate_up_concat": "agnitra_lab.patch.rewrites.gate_up_concat",
-    "swiglu": "agnitra_lab.patch.rewrites.swiglu",
-    "qkv_concat": "agnitra_lab.patch.rewrites.qkv_concat",
-    "sdpa_backend": "agnitra_lab.patch.rewrites.sdpa_backend",
-}
-"""Action -> module path, in the order of application: gate and up pair off before the other shared linears merge."""
+_ORDER = (
+    # What makes the graph smaller comes first.
+    "conv_bn_fold",
+    "last_token_head",
+    "linear_algebra",
+    "attention_by_hand",
+    # Gate and up pair off before the other shared linears merge.
+    "gate_up_concat",
+    "qkv_concat",
+    # Products of few rows take the norm before them and the gate after them before those become kernels of their own.
+    "skinny_gemm",
+    "rms_norm",
+    "layer_norm",
+    "channel_norm",
+    "group_norm",
+    "swiglu",
+    "decode_attention",
+    "sdpa_backend",
+    # Products that no rewrite above has taken.
+    "split_gemm",
+    # A loss takes its log-softmax along before softmaxes are looked for.
+    "cross_entropy",
+    "softmax",
+    "cumsum",
+    # Layouts last, around what the convolutions have become.
+    "channels_last",
+    "keep_eager",
+)
+
+REWRITES: dict[str, str] = {name: f"agnitra_lab.patch.rewrites.{name}" for name in _ORDER}
+"""Action -> module path, in the order of application."""

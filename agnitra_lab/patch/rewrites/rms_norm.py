@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic import JsonValue
-from torch import Tensor, fx
+from torch import fx
 
 from agnitra_lab.contracts.kernel import Kernel
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, erase_unused
 from agnitra_lab.patch.norms import RMSNorm, find_rms_norms
-from agnitra_lab.patch.ops import binary, fake_of, is_written_between, memory_root
+from agnitra_lab.patch.ops import fake_of, is_written_between, memory_root
+from agnitra_lab.patch.residuals import input_at, residual_sum
 
 ACTION = "rms_norm"
 
@@ -72,7 +73,7 @@ def _why_not(norm: RMSNorm, x: fx.Node) -> str | None:
 def _replace(
     norm: RMSNorm, x: fx.Node, kernel: Kernel, context: RewriteContext, moved: dict[fx.Node, fx.Node]
 ) -> PatchDescriptor:
-    summed = _residual_sum(norm, x)
+    summed = residual_sum(x, norm.result, [norm.weight])
     gone = [x, *norm.nodes] if summed else list(norm.nodes)
     fake = fake_of(x)
     assert fake is not None
@@ -88,7 +89,7 @@ def _replace(
     if summed is None:
         normed = context.call(norm.result, kernel.call, x, norm.weight, norm.eps, **order)
     else:
-        weight = _weight_at(norm.weight, x, context)
+        weight = input_at(norm.weight, x, context)
         pair = context.call(x, kernel.call, summed[0], weight, norm.eps, residual=summed[1], **order)
         normed = context.call(x, operator.getitem, pair, 0)
         total = context.call(x, operator.getitem, pair, 1)
@@ -99,29 +100,3 @@ def _replace(
     norm.result.replace_all_uses_with(normed)
     erase_unused(gone)
     return descriptor
-
-
-def _residual_sum(norm: RMSNorm, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Return both summands when x is a plain sum that the kernel can take over where it stands."""
-    operands = binary(x, "add")
-    if operands is None or norm.weight.op not in ("placeholder", "get_attr"):
-        return None
-    left, right = operands
-    fakes = (fake_of(left), fake_of(right), fake_of(x))
-    if not all(isinstance(fake, Tensor) for fake in fakes):
-        return None
-    if len({(tuple(fake.shape), fake.dtype, fake.device) for fake in fakes if fake is not None}) != 1:
-        return None
-    # The kernel runs where the sum stood; a write between there and the norm would come too late for it.
-    if is_written_between(memory_root(x), x, norm.result):
-        return None
-    return left, right
-
-
-def _weight_at(weight: fx.Node, before: fx.Node, context: RewriteContext) -> fx.Node:
-    if weight.op == "placeholder":
-        return weight
-    with context.graph_module.graph.inserting_before(before):
-        earlier = context.graph_module.graph.get_attr(str(weight.target))
-    earlier.meta = dict(weight.meta)
-    return earlier

@@ -1,4 +1,5 @@
 import ast
+import builtins
 import subprocess
 import sys
 
@@ -11,19 +12,36 @@ import torch
 from agnitra_lab.contracts.search import KernelConfig
 from agnitra_lab.errors import TemplateError
 from agnitra_lab.generate.defaults import default_config
-from agnitra_lab.generate.registry import TEMPLATES
+from agnitra_lab.generate.registry import TEMPLATES, load
 from agnitra_lab.generate.render import render
 
 POINT = {"BLOCK_N": 2048, "ROWS_PER_PROGRAM": 1, "num_warps": 4, "num_stages": 1}
 
+OTHER_POINTS = {
+    "split_gemm": {
+        "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "K_CHUNK": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3,
+    },
+}  # fmt: skip
+
+
+SITES = {
+    "skinny_gemm": (1, 64, 512), "decode_attention": (1, 2, 4, 300, 64), "channel_norm": (4, 6, 10),
+    "group_norm": (4, 6, 10), "split_gemm": (1, 128, 128, 128),
+}  # fmt: skip
+
 
 def config(template: str = "rms_norm", **changes: int) -> KernelConfig:
-    return KernelConfig(template=template, params=POINT | changes)
+    return KernelConfig(template=template, params=OTHER_POINTS.get(template, POINT) | changes)
+
+
+def any_config(template: str) -> KernelConfig:
+    dtype = "float32" if template == "split_gemm" else "bfloat16"
+    return default_config(template, SITES.get(template, (8, 2048)), dtype)
 
 
 @pytest.mark.parametrize("template", sorted(TEMPLATES))
 def test_rendering_twice_gives_the_same_bytes(template: str) -> None:
-    first, second = render(config(template)), render(config(template))
+    first, second = render(any_config(template)), render(any_config(template))
     assert first.source.encode() == second.source.encode()
     assert first.content_hash == second.content_hash
     assert first.name == f"{template}_{first.content_hash[:12]}"
@@ -50,11 +68,16 @@ def test_every_parameter_is_part_of_the_source(changes: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("template", sorted(TEMPLATES))
 def test_the_source_is_python_that_imports_triton_alone(template: str) -> None:
-    tree = ast.parse(render(config(template)).source)
+    tree = ast.parse(render(any_config(template)).source)
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert imported == {"triton", "triton.language"}
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert [node.name for node in tree.body if isinstance(node, ast.FunctionDef)] == ["kernel"]
+    kernel = load(template).kernel
+    functions = kernel if isinstance(kernel, tuple) else (kernel,)
+    names = [function.fn.__name__ for function in functions]
+    assert [node.name for node in tree.body if isinstance(node, ast.FunctionDef)] == names
+    used = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert used - set(dir(builtins)) <= set(names), "a device function is missing from the source"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,354 @@
+"""Rows brought to mean 0 and variance 1: the Triton code that layer_norm and group_norm share.
+
+A row that fits in a block is read once and centred in registers. A longer one is read twice: its moments are gathered
+lane by lane in Welford's recurrence and merged by Chan's rule, never as E[x^2] - E[x]^2, which cancels. A row that is
+long while the rows are few is SPLIT over programs: one kernel leaves the moments of every chunk, the next one merges
+them and normalises.
+
+Sources: Welford, "Note on a Method for Calculating Corrected Sums of Squares and Products", Technometrics 4(3), 1962;
+Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, section 2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import wrap_triton
+
+
+@triton.jit
+def _merge_moments(mean, m2, count, total):
+    # Chan's rule over axis 1. The second correction takes out what rounding left in the first mean.
+    centre = tl.div_rn(tl.sum(mean * count, axis=1), total)
+    offset = mean - centre[:, None]
+    shift = tl.div_rn(tl.sum(offset * count, axis=1), total)
+    m2 = tl.sum(m2 + offset * offset * count, axis=1) - total * shift * shift
+    return centre + shift, m2
+
+
+@triton.jit
+def _update_moments(mean, m2, h, mask, count):
+    # One step of Welford's recurrence in every lane; a masked lane stands still.
+    delta = tl.where(mask, h - mean, 0.0)
+    mean += delta * (1.0 / count)
+    return mean, m2 + delta * tl.where(mask, h - mean, 0.0)
+
+
+@triton.jit
+def _sum_at(x_at, residual_at, mask, dtype: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+    h = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        h += tl.load(residual_at, mask=mask, other=0.0).to(tl.float32)
+        h = h.to(dtype).to(tl.float32)
+    return h
+
+
+@triton.jit
+def _affine(
+    weight_ptr,
+    bias_ptr,
+    offs_m,
+    start,
+    num_cols,
+    num_groups,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_n = start + tl.arange(0, BLOCK_N)
+    mask = (offs_n < num_cols)[None, :]
+    if SPATIAL == 0:
+        index = offs_n[None, :]
+    else:
+        # A row is one group: each run of SPATIAL values has one channel's weight. SPATIAL is a constant because a
+        # division by a variable for each value would cost more than the memory does.
+        first = ((offs_m % num_groups).to(tl.int32) * (num_cols // SPATIAL))[:, None]
+        if SPATIAL % BLOCK_N == 0:
+            index = first + start // SPATIAL
+            mask = first >= 0
+        else:
+            index = first + (offs_n // SPATIAL)[None, :]
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    else:
+        weight = tl.full((1, 1), 1.0, tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    else:
+        bias = tl.full((1, 1), 0.0, tl.float32)
+    return weight, bias
+
+
+@triton.jit
+def _activated(value, IS_SILU: tl.constexpr):
+    if IS_SILU:
+        value = value / (1.0 + tl.exp(-value))
+    return value
+
+
+@triton.jit
+def _block_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    summed_ptr,
+    num_rows,
+    num_cols,
+    num_groups,
+    stride_xm,
+    stride_rm,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_SILU: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS_PER_PROGRAM: tl.constexpr,
+):
+    dtype = out_ptr.dtype.element_ty
+    # 64-bit row offsets: a prefill batch passes 2^31 elements.
+    offs_m = tl.program_id(0).to(tl.int64) * ROWS_PER_PROGRAM + tl.arange(0, ROWS_PER_PROGRAM)
+    offs_n = tl.arange(0, BLOCK_N)[None, :]
+    mask = (offs_m < num_rows)[:, None] & (offs_n < num_cols)
+    x_at = x_ptr + offs_m[:, None] * stride_xm + offs_n
+    h = _sum_at(x_at, residual_ptr + offs_m[:, None] * stride_rm + offs_n, mask, dtype, HAS_RESIDUAL)
+    out_at = offs_m[:, None] * num_cols + offs_n
+    if HAS_RESIDUAL:
+        tl.store(summed_ptr + out_at, h.to(dtype), mask=mask)
+    # Before the sums, so that the loads do not wait for them.
+    weight, bias = _affine(
+        weight_ptr, bias_ptr, offs_m, 0, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
+    )
+    total = num_cols * 1.0
+    mean = tl.div_rn(tl.sum(h, axis=1), total)
+    centred = tl.where(offs_n < num_cols, h - mean[:, None], 0.0)
+    # What rounding left in the mean is taken out once more: the row is still in registers.
+    shift = tl.div_rn(tl.sum(centred, axis=1), total)
+    variance = tl.div_rn(tl.sum(centred * centred, axis=1), total) - shift * shift
+    normed = (centred - shift[:, None]) * tl.rsqrt(tl.maximum(variance, 0.0) + tl.cast(eps, tl.float32))[:, None]
+    tl.store(out_ptr + out_at, _activated(normed * weight + bias, IS_SILU).to(dtype), mask=mask)
+
+
+@triton.jit
+def _loop_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    summed_ptr,
+    num_rows,
+    num_cols,
+    num_groups,
+    stride_xm,
+    stride_rm,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_SILU: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS_PER_PROGRAM: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    dtype = out_ptr.dtype.element_ty
+    offs_m = tl.program_id(0).to(tl.int64) * ROWS_PER_PROGRAM + tl.arange(0, ROWS_PER_PROGRAM)
+    mask_m = (offs_m < num_rows)[:, None]
+    x_rows, residual_rows = x_ptr + offs_m[:, None] * stride_xm, residual_ptr + offs_m[:, None] * stride_rm
+    lanes = tl.arange(0, BLOCK_N)[None, :]
+    mean_lanes = tl.zeros((ROWS_PER_PROGRAM, BLOCK_N), dtype=tl.float32)
+    m2_lanes = tl.zeros((ROWS_PER_PROGRAM, BLOCK_N), dtype=tl.float32)
+    for start in tl.range(0, num_cols, BLOCK_N, num_stages=NUM_STAGES):
+        offs_n = start + lanes
+        mask_n = offs_n < num_cols
+        h = _sum_at(x_rows + offs_n, residual_rows + offs_n, mask_m & mask_n, dtype, HAS_RESIDUAL)
+        mean_lanes, m2_lanes = _update_moments(mean_lanes, m2_lanes, h, mask_n, start // BLOCK_N + 1)
+    count = tl.cdiv(tl.maximum(num_cols - lanes, 0), BLOCK_N).to(tl.float32)
+    mean, m2 = _merge_moments(mean_lanes, m2_lanes, count, num_cols * 1.0)
+    scale = tl.rsqrt(tl.maximum(tl.div_rn(m2, num_cols * 1.0), 0.0) + tl.cast(eps, tl.float32))
+    # The second pass adds again instead of reading back `summed`: a store and a load of one address in one kernel would
+    # need a barrier, and the inputs are still in the L2.
+    for start in tl.range(0, num_cols, BLOCK_N, num_stages=NUM_STAGES):
+        offs_n = start + lanes
+        mask = mask_m & (offs_n < num_cols)
+        h = _sum_at(x_rows + offs_n, residual_rows + offs_n, mask, dtype, HAS_RESIDUAL)
+        out_at = offs_m[:, None] * num_cols + offs_n
+        if HAS_RESIDUAL:
+            tl.store(summed_ptr + out_at, h.to(dtype), mask=mask)
+        weight, bias = _affine(
+            weight_ptr, bias_ptr, offs_m, start, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
+        )
+        normed = (h - mean[:, None]) * scale[:, None]
+        tl.store(out_ptr + out_at, _activated(normed * weight + bias, IS_SILU).to(dtype), mask=mask)
+
+
+@triton.jit
+def _chunk_kernel(
+    x_ptr,
+    residual_ptr,
+    summed_ptr,
+    moments_ptr,
+    num_rows,
+    num_cols,
+    stride_xm,
+    stride_rm,
+    HAS_RESIDUAL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    dtype = summed_ptr.dtype.element_ty
+    # A program takes every SPLIT-th block of a row, so that what runs at one time reads neighbouring memory. Long runs
+    # are at the mercy of their stride: 128 KB took 726 us where 64 KB took 298 (16 x 4194304 fp32, H100). Programs next
+    # to each other have the same blocks of different rows, which then share a read of the weight.
+    row = (tl.program_id(0) % num_rows).to(tl.int64)
+    part = tl.program_id(0) // num_rows
+    lanes = tl.arange(0, BLOCK_N)[None, :]
+    mean_lanes = tl.zeros((1, BLOCK_N), dtype=tl.float32)
+    m2_lanes = tl.zeros((1, BLOCK_N), dtype=tl.float32)
+    for start in tl.range(part * BLOCK_N, num_cols, SPLIT * BLOCK_N, num_stages=NUM_STAGES):
+        offs_n = start + lanes
+        mask = offs_n < num_cols
+        h = _sum_at(
+            x_ptr + row * stride_xm + offs_n, residual_ptr + row * stride_rm + offs_n, mask, dtype, HAS_RESIDUAL
+        )
+        if HAS_RESIDUAL:
+            tl.store(summed_ptr + row * num_cols + offs_n, h.to(dtype), mask=mask)
+        mean_lanes, m2_lanes = _update_moments(mean_lanes, m2_lanes, h, mask, start // (SPLIT * BLOCK_N) + 1)
+    count = tl.cdiv(tl.maximum(num_cols - part * BLOCK_N - lanes, 0), SPLIT * BLOCK_N).to(tl.float32)
+    mean, m2 = _merge_moments(mean_lanes, m2_lanes, count, tl.maximum(tl.sum(count), 1.0))
+    at = moments_ptr + (row * SPLIT + part) * 2 + tl.arange(0, 1)
+    tl.store(at, mean)
+    tl.store(at + 1, m2)
+
+
+@triton.jit
+def _apply_kernel(
+    x_ptr,
+    moments_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    num_rows,
+    num_cols,
+    num_groups,
+    stride_xm,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_SILU: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLIT_LANES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    CYCLE: tl.constexpr = SPLIT * BLOCK_N
+    # Backwards, programs and blocks: what the kernel before read last is still in the L2.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    offs_m = (pid % num_rows).to(tl.int64) + tl.arange(0, 1)
+    first = (pid // num_rows) * BLOCK_N
+    parts = tl.arange(0, SPLIT_LANES)[None, :]
+    rest = num_cols % CYCLE - parts * BLOCK_N
+    count = num_cols // CYCLE * BLOCK_N + tl.minimum(tl.maximum(rest, 0), BLOCK_N)
+    count = tl.where(parts < SPLIT, count, 0)
+    moments = moments_ptr + (offs_m[:, None] * SPLIT + parts) * 2
+    mean_parts = tl.load(moments, mask=count > 0, other=0.0)
+    m2_parts = tl.load(moments + 1, mask=count > 0, other=0.0)
+    mean, m2 = _merge_moments(mean_parts, m2_parts, count.to(tl.float32), num_cols * 1.0)
+    scale = tl.rsqrt(tl.maximum(tl.div_rn(m2, num_cols * 1.0), 0.0) + tl.cast(eps, tl.float32))
+    num_steps = tl.cdiv(tl.maximum(num_cols - first, 0), CYCLE)
+    for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
+        start = first + (num_steps - 1 - step) * CYCLE
+        offs_n = (start + tl.arange(0, BLOCK_N))[None, :]
+        mask = offs_n < num_cols
+        h = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n, mask=mask, other=0.0).to(tl.float32)
+        weight, bias = _affine(
+            weight_ptr, bias_ptr, offs_m, start, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
+        )
+        out = _activated((h - mean[:, None]) * scale[:, None] * weight + bias, IS_SILU).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offs_m[:, None] * num_cols + offs_n, out, mask=mask)
+
+
+KERNELS = (
+    _merge_moments,
+    _update_moments,
+    _sum_at,
+    _affine,
+    _activated,
+    _block_kernel,
+    _loop_kernel,
+    _chunk_kernel,
+    _apply_kernel,
+)
+"""What a rendered source needs: device functions, then the kernels of one block, of a loop, and the two of a split."""
+IS_COMPILED = isinstance(_block_kernel, triton.JITFunction)
+
+
+def _launcher(kernel):
+    # The interpreter's kernel is no JITFunction, and wrap_triton takes nothing else.
+    return wrap_triton(kernel) if IS_COMPILED else kernel
+
+
+def normalise_rows(
+    x_MN: torch.Tensor,
+    residual_MN: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    summed: torch.Tensor | None,
+    eps: float,
+    config: tuple[int, int, int, int, int],
+    *,
+    num_groups: int = 1,
+    spatial: int = 0,
+    is_silu: bool = False,
+) -> None:
+    """Normalise every row of x (or of x + residual) into `out`, and leave the sum in `summed`.
+
+    Args:
+        x_MN: rows with contiguous columns and any row stride.
+        residual_MN: like x, added first; then `summed` is given too.
+        weight: contiguous; a value a column, or with `spatial` a value a channel (groups x columns / spatial).
+        bias: as the weight.
+        out: contiguous, M x N values in any shape.
+        eps: added to the variance, which is the one over N.
+        config: BLOCK_N, ROWS_PER_PROGRAM, SPLIT, num_warps, num_stages.
+        num_groups: rows that follow one another with other channels.
+        spatial: values of a row that share one channel; 0 for a weight a column.
+        is_silu: apply SiLU to the result before it is rounded.
+    """
+    block_n, rows_per_program, split, num_warps, num_stages = config
+    num_rows, num_cols = x_MN.shape
+    stride_rm = 0 if residual_MN is None else residual_MN.stride(0)
+    residual_MN = x_MN if residual_MN is None else residual_MN
+    has_residual = summed is not None
+    summed = x_MN if summed is None else summed
+    weight_or_x, bias_or_x = x_MN if weight is None else weight, x_MN if bias is None else bias
+    affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "IS_SILU": is_silu, "SPATIAL": spatial}
+    options = {"BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+    if split == 1:
+        is_one_block = bool(num_cols <= block_n)
+        looped = {} if is_one_block else {"NUM_STAGES": num_stages}
+        launcher = _launcher(_block_kernel if is_one_block else _loop_kernel)
+        launcher[((num_rows + rows_per_program - 1) // rows_per_program,)](
+            x_MN, residual_MN, weight_or_x, bias_or_x, out, summed, num_rows, num_cols, num_groups, x_MN.stride(0),
+            stride_rm, eps, HAS_RESIDUAL=has_residual, ROWS_PER_PROGRAM=rows_per_program,
+            **affine, **looped, **options,
+        )  # fmt: skip
+        return
+    options["NUM_STAGES"] = num_stages
+    moments = torch.empty((num_rows, split, 2), dtype=torch.float32, device=x_MN.device)
+    _launcher(_chunk_kernel)[(num_rows * split,)](
+        x_MN, residual_MN, summed, moments, num_rows, num_cols, x_MN.stride(0), stride_rm,
+        HAS_RESIDUAL=has_residual, SPLIT=split, **options,
+    )  # fmt: skip
+    source, stride_m = (summed, num_cols) if has_residual else (x_MN, x_MN.stride(0))
+    _launcher(_apply_kernel)[(num_rows * split,)](
+        source, moments, weight_or_x, bias_or_x, out, num_rows, num_cols, num_groups, stride_m, eps,
+        SPLIT=split, SPLIT_LANES=1 << (split - 1).bit_length(), **affine, **options,
+    )  # fmt: skip

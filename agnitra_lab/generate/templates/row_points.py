@@ -1,0 +1,90 @@
+"""The search space and the rule of thumb of `row_moments`: blocks, rows a program, splits of long rows."""
+
+from agnitra_lab.contracts.search import SearchSpace
+from agnitra_lab.generate.points import enumerate_space, itemsize, next_power_of_two, row_rule
+
+PARAMS = ("BLOCK_N", "ROWS_PER_PROGRAM", "SPLIT", "num_warps", "num_stages")
+MAX_TILE = 16384
+"""Elements that one program may hold: 512 threads with 32 fp32 values each; above it registers spill."""
+ENOUGH_ROWS = 264
+"""Two programs for each multiprocessor of an H200: from here on a row to a program fills the machine."""
+_SHARED_MEMORY_BYTES = 227 * 1024
+"""What one block may use on Hopper (compute capability 9.0)."""
+
+
+def row_space(
+    template: str, shape: tuple[int, ...], dtype: str, num_rows: int, num_cols: int, *, rank: int | None = None
+) -> SearchSpace:
+    """Enumerate the valid configs for rows.
+
+    Args:
+        template: the name of the template that has these rows.
+        shape: the site's shape as that template counts it, of `rank` numbers.
+        dtype: "float32", "bfloat16" or "float16".
+        num_rows: how many rows.
+        num_cols: their length.
+
+    Raises:
+        TemplateError: for a shape or dtype that the template has no config for.
+    """
+    whole_row = max(16, next_power_of_two(num_cols))
+    blocks = sorted({block for block in (1024, 2048, 4096, 8192) if block < whole_row} | {min(whole_row, MAX_TILE)})
+    most_rows = next_power_of_two(num_rows)
+
+    def is_valid(point: dict[str, int]) -> bool:
+        """Leave out what cannot run or only repeats another config."""
+        tile = point["BLOCK_N"] * point["ROWS_PER_PROGRAM"]
+        values_per_thread = tile / (32 * point["num_warps"])
+        loaded_bytes = (2 * tile + 2 * point["BLOCK_N"]) * itemsize(dtype)
+        is_one_block = num_cols <= point["BLOCK_N"]
+        return (
+            point["ROWS_PER_PROGRAM"] <= most_rows
+            and tile <= MAX_TILE
+            and (values_per_thread >= 4 or point["num_warps"] == 1)
+            # Two moments a lane live through the loop; they take the registers of the one block's row.
+            and values_per_thread <= (64 if is_one_block else 32)
+            and (point["num_stages"] - 1) * loaded_bytes <= _SHARED_MEMORY_BYTES
+            # Stages are of the loop over blocks: without the loop they would be copies of one config.
+            and (not is_one_block or point["num_stages"] == 1)
+            and (point["SPLIT"] == 1 or _is_worth_splitting(point, num_rows, num_cols))
+        )
+
+    return enumerate_space(
+        template,
+        shape,
+        dtype,
+        {
+            "BLOCK_N": tuple(blocks),
+            "ROWS_PER_PROGRAM": (1, 2, 4, 8, 16),
+            "SPLIT": (1, 4, 8, 16, 32, 64, 128, 256, 512),
+            "num_warps": (1, 2, 4, 8, 16),
+            "num_stages": (1, 2, 3),
+        },
+        is_valid,
+        rank=rank,
+    )
+
+
+def _is_worth_splitting(point: dict[str, int], num_rows: int, num_cols: int) -> bool:
+    """Split rows only where they are long and too few for the machine, into whole blocks, and not into crumbs."""
+    num_programs = point["SPLIT"] * num_rows
+    return (
+        num_cols > MAX_TILE
+        and num_rows < 2 * ENOUGH_ROWS
+        and point["BLOCK_N"] * point["SPLIT"] <= num_cols
+        and min(16, num_cols // 1024) <= num_programs <= 8192
+        and 4 * num_programs >= min(ENOUGH_ROWS, num_rows * num_cols // 4096)
+        and point["ROWS_PER_PROGRAM"] == 1
+        and point["num_warps"] in (4, 8)
+        and point["num_stages"] != 2
+    )
+
+
+def row_default(num_rows: int, num_cols: int) -> dict[str, int]:
+    """A whole row in one block where it fits; long rows in loops, and split into about 4000 programs when few."""
+    if num_cols <= MAX_TILE:
+        rule = row_rule((num_rows, num_cols), block_n=next_power_of_two(num_cols), values_per_thread=16)
+        return rule | {"SPLIT": 1}
+    split = 1 if num_rows >= ENOUGH_ROWS else next_power_of_two(4096 // num_rows)
+    split = min(split, next_power_of_two(num_cols // 16384))
+    return {"BLOCK_N": 4096, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": 8, "num_stages": 3}

@@ -1,0 +1,116 @@
+"""Convolution calls in a graph, and how long one takes in each memory layout on this device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from agnitra_lab.device.call_time import time_ms
+from agnitra_lab.patch.layouts import CHANNELS_LAST
+from agnitra_lab.patch.ops import argument, fake_of, op_name
+
+RANKS = {"conv2d": 4, "conv_transpose2d": 4, "conv3d": 5, "conv_transpose3d": 5}
+"""Operation -> rank of its input with a batch dimension."""
+
+
+def find_convolutions(graph: fx.Graph) -> list[fx.Node]:
+    """Return the 2-d and 3-d convolutions over batches with weights of known shape, in graph order."""
+    found = []
+    for node in graph.nodes:
+        x, weight = fake_of(argument(node, 0, "input")), fake_of(argument(node, 1, "weight"))
+        if op_name(node) in RANKS and x is not None and weight is not None and x.dim() == RANKS[str(op_name(node))]:
+            found.append(node)
+    return found
+
+
+def is_channels_last(fake: Tensor | None) -> bool:
+    """Whether a value has its channels innermost, and not only because it has one channel or one position."""
+    if fake is None or fake.dim() not in CHANNELS_LAST:
+        return False
+    return fake.is_contiguous(memory_format=CHANNELS_LAST[fake.dim()]) and not fake.is_contiguous()
+
+
+@contextmanager
+def searched_algorithms() -> Iterator[None]:
+    """Let cuDNN try its algorithms for shapes and layouts that it has not seen, and keep the best of each.
+
+    cuDNN's plans stay with the thread, so calls that run later, outside, take the plan found here.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+class LayoutTimes:
+    """Measures each distinct convolution of one graph once in both layouts, on random tensors."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[float, float] | None] = {}
+
+    def of(self, node: fx.Node) -> tuple[float, float] | None:
+        """Return the times in ms with channels first and last, None when one of them does not run."""
+        key = (op_name(node), *_keys(node.args), *_keys(sorted(node.kwargs.items())))
+        if key not in self._known:
+            self._known[key] = self._measure(node)
+        return self._known[key]
+
+    def conversion_ms(self, fake: Tensor) -> float:
+        """Return the time of a copy from one layout to the other."""
+        key = ("copy", tuple(fake.shape), fake.dtype, fake.device)
+        if key not in self._known:
+            with _real_tensors():
+                x = _random(fake, torch.contiguous_format)
+                time = time_ms(lambda: x.contiguous(memory_format=CHANNELS_LAST[x.dim()]), x.device)
+            self._known[key] = (time or 0.0, 0.0)
+        known = self._known[key]
+        return known[0] if known is not None else 0.0
+
+    def _measure(self, node: fx.Node) -> tuple[float, float] | None:
+        fake = fake_of(argument(node, 0, "input"))
+        assert fake is not None
+        first = _time_ms(node, fake.device, torch.contiguous_format)
+        last = _time_ms(node, fake.device, CHANNELS_LAST[fake.dim()])
+        return None if first is None or last is None else (first, last)
+
+
+def _time_ms(node: fx.Node, device: torch.device, memory_format: torch.memory_format) -> float | None:
+    target: Any = node.target
+    with _real_tensors(), searched_algorithms():
+        given: Any = fx.map_arg((node.args, dict(node.kwargs)), lambda source: _random(fake_of(source), memory_format))
+        args, kwargs = given
+        return time_ms(lambda: target(*args, **kwargs), device)
+
+
+@contextmanager
+def _real_tensors() -> Iterator[None]:
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _random(fake: Tensor | None, memory_format: torch.memory_format) -> Tensor:
+    assert fake is not None
+    shape = tuple(int(size) for size in fake.shape)
+    real = torch.randn(shape, device=fake.device).to(fake.dtype)
+    return real.contiguous(memory_format=memory_format) if real.dim() in CHANNELS_LAST else real
+
+
+def _keys(values: Any) -> list[Any]:
+    keys: list[Any] = []
+    for value in values:
+        fake = fake_of(value)
+        if fake is not None:
+            keys.append((tuple(fake.shape), fake.dtype, fake.device))
+        elif isinstance(value, (list, tuple)):
+            keys.append(tuple(_keys(value)))
+        else:
+            keys.append(value)
+    return keys

@@ -1,0 +1,141 @@
+"""Convolutions run with the channels innermost where that measures faster, with weights laid out once.
+
+Trigger: conv2d, conv3d and their transposed forms over batches, not yet in that layout, weights given to the graph.
+Algebra: none; only strides change. Inductor lays out conv2d by a rule of thumb, copies the weights at each call, and
+leaves conv3d as it is.
+Guard: each distinct convolution is measured in both layouts, all of one rank move together, and only when the sum with
+the copies at the borders is more than 3% faster; laid-out weights follow updates of their sources; results that leave
+the graph keep their strides.
+Source: PyTorch's channels-last memory format; cuDNN's NHWC kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, fx
+
+from agnitra_lab.contracts.patch import PatchDescriptor
+from agnitra_lab.patch.context import RewriteContext, infer
+from agnitra_lab.patch.convolutions import LayoutTimes, find_convolutions, is_channels_last
+from agnitra_lab.patch.layouts import CHANNELS_LAST, LayoutFlow
+from agnitra_lab.patch.ops import argument, fake_of, mutated_roots, op_name
+from agnitra_lab.patch.weights import why_not_derivable
+
+ACTION = "channels_last"
+_LEAST_GAIN = 1.03
+
+
+def apply(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], context: RewriteContext
+) -> list[PatchDescriptor]:
+    """Change the layout of the convolutions of each rank for which it pays.
+
+    Returns:
+        One descriptor per convolution.
+    """
+    convolutions = find_convolutions(graph_module.graph)
+    if not convolutions:
+        context.refuse(ACTION, "the graph has no 2-d or 3-d convolution over a batch")
+    times = LayoutTimes()
+    chosen: dict[fx.Node, dict[str, JsonValue]] = {}
+    for rank in CHANNELS_LAST:
+        fitting = []
+        for node in convolutions:
+            x = fake_of(argument(node, 0, "input"))
+            if x is None or x.dim() != rank:
+                continue
+            problem = _why_not(node, context)
+            if problem:
+                context.refuse(ACTION, problem)
+            else:
+                fitting.append(node)
+        chosen |= _choose(fitting, rank, times, context)
+    return _convert(chosen, context) if chosen else []
+
+
+def _why_not(node: fx.Node, context: RewriteContext) -> str | None:
+    x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+    if is_channels_last(fake_of(x)) and is_channels_last(fake_of(weight)):
+        return "the convolution has its channels innermost already"
+    problem = why_not_derivable([context.real_tensor(weight)])
+    if problem:
+        return problem
+    return "the graph writes to a weight" if weight in mutated_roots(context.graph_module.graph) else None
+
+
+def _choose(
+    nodes: Sequence[fx.Node], rank: int, times: LayoutTimes, context: RewriteContext
+) -> dict[fx.Node, dict[str, JsonValue]]:
+    measured = {node: found for node in nodes if (found := times.of(node)) is not None}
+    if not measured:
+        return {}
+    before = sum(first for first, _ in measured.values())
+    after = sum(last for _, last in measured.values()) + _border_ms(list(measured), rank, times)
+    if before / after <= _LEAST_GAIN:
+        context.refuse(
+            ACTION,
+            f"the {rank - 2}-d convolutions take {before:.4f} ms as they are and {after:.4f} ms with the channels "
+            "innermost",
+        )
+        return {}
+    return {
+        node: {"channels_first_ms": round(first, 6), "channels_last_ms": round(last, 6)}
+        for node, (first, last) in measured.items()
+    }
+
+
+def _border_ms(nodes: Sequence[fx.Node], rank: int, times: LayoutTimes) -> float:
+    """Return the time of the copies into the layout and out of it."""
+    reached: set[fx.Node] = set()
+    total = 0.0
+    for node in nodes[0].graph.nodes:
+        if node.op == "output":
+            fakes = [fake_of(source) for source in node.all_input_nodes if source in reached]
+            return total + sum(times.conversion_ms(fake) for fake in fakes if fake is not None and fake.dim() == rank)
+        x = argument(node, 0, "input")
+        fake = fake_of(x)
+        if node in nodes and x not in reached and fake is not None and not is_channels_last(fake):
+            total += times.conversion_ms(fake)
+        if node in nodes or any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    return total
+
+
+def _convert(chosen: dict[fx.Node, dict[str, JsonValue]], context: RewriteContext) -> list[PatchDescriptor]:
+    flow = LayoutFlow(context)
+    descriptors = []
+    for node in list(context.graph_module.graph.nodes):
+        if node not in chosen:
+            flow.carry_over(node)
+            continue
+        memory_format = CHANNELS_LAST[_fake(argument(node, 0, "input")).dim()]
+        descriptors.append(context.describe(ACTION, node, [node], f"{op_name(node)}({memory_format})", chosen[node]))
+        x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+        if not is_channels_last(_fake(x)):
+            laid_out = context.call(node, "contiguous", x, memory_format=memory_format)
+            infer(laid_out)
+            node.replace_input_with(x, laid_out)
+        node.replace_input_with(weight, _laid_out_weight(weight, node, memory_format, context))
+        old = node.meta.get("example_value")
+        infer(node)
+        flow.changed(node, old)
+    return descriptors
+
+
+def _laid_out_weight(
+    weight: fx.Node, before: fx.Node, memory_format: torch.memory_format, context: RewriteContext
+) -> fx.Node:
+    def build(source: Tensor) -> Tensor:
+        return source.contiguous(memory_format=memory_format)
+
+    return context.derive(ACTION, [weight], build, before, (str(memory_format),))
+
+
+def _fake(node: Any) -> Tensor:
+    fake = fake_of(node)
+    assert fake is not None
+    return fake

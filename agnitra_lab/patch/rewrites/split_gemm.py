@@ -1,0 +1,195 @@
+"""fp32 matrix products that are bound by arithmetic run on the tensor cores, in fp16 parts that add up to fp32.
+
+Trigger: linear, matmul, `@`, mm, bmm, addmm or einsum of two fp32 tensors, large enough that three tensor-core products
+and the passes that split the operands cost less than SGEMM by a roofline estimate; relu, sigmoid, silu or gelu right
+after it becomes part of the kernel. A weight that is a Parameter is split once, ahead of the calls.
+Algebra: a = a1 + a2 and b = b1 + b2 in fp16 parts, a * b = a1 b1 + a1 b2 + a2 b1 up to 2^-22 (the template `split_gemm`
+says how its error is kept down).
+Guard: torch asks for full fp32 products (allow_tf32 off, precision "highest"); operands and result are fp32; SGEMM's
+own chain of additions is long enough for its error to be above the bias that is left in ours.
+Source: Ootomo and Yokota, arXiv 2203.03341, section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, fx
+
+from agnitra_lab.contracts.kernel import Kernel
+from agnitra_lab.contracts.patch import PatchDescriptor
+from agnitra_lab.patch.context import RewriteContext, erase_unused
+from agnitra_lab.patch.matmuls import MatMul, find_products
+from agnitra_lab.patch.ops import argument, fake_of, memory_root, mutated_roots, op_name
+from agnitra_lab.patch.weights import why_not_derivable
+
+ACTION = "split_gemm"
+_SGEMM_FLOP_PER_S = 51e12
+_SPLIT_FLOP_PER_S = 225e12
+_BYTES_PER_S = 2.7e12
+_LAUNCH_S = 3e-6
+_NUM_MULTIPROCESSORS = 132
+_K_LOST = 128
+"""Rates of one H100, measured at 4096 x 4096 x 4096 and 1024 x 1024 x 4096 (tests/benchmarks/split_gemm.py)."""
+_LEAST_CHAIN = 256
+"""K from which the tensor cores' bias, 2e-7 for values of one sign, is no more than the error of SGEMM's one chain."""
+_LEAST_GAIN = 1.2
+_LEAST_SIDE = 128
+_LEAST_VOLUME = 2**27
+
+
+def apply(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], context: RewriteContext
+) -> list[PatchDescriptor]:
+    """Replace each product that should gain by the kernel.
+
+    Returns:
+        One descriptor per product.
+    """
+    descriptors = []
+    products = find_products(graph_module.graph)
+    if not products:
+        context.refuse(ACTION, "the graph has no product of two matrices")
+    for product in products:
+        problem = _why_not(product, context)
+        if problem:
+            context.refuse(ACTION, problem)
+            continue
+        shape = (product.num_batches, product.num_m, product.num_n, product.num_k)
+        kernel = context.kernel(ACTION, shape, torch.float32)
+        if kernel is not None:
+            descriptors.append(_replace(product, shape, kernel, context))
+    return descriptors
+
+
+def _why_not(product: MatMul, context: RewriteContext) -> str | None:
+    tensors = [fake_of(node) for node in (product.a, product.b, product.bias, product.node) if node is not None]
+    if any(tensor is None or tensor.dtype is not torch.float32 for tensor in tensors):
+        return "an operand or the result is not float32"
+    if not _is_full_precision():
+        return "TF32 is allowed for fp32 products here, and it is faster"
+    bias, result = fake_of(product.bias), fake_of(product.node)
+    if result is None or not result.is_contiguous() or (bias is not None and not bias.is_contiguous()):
+        return "the result or the bias is not contiguous"
+    sizes = (product.num_m, product.num_n, product.num_k)
+    gain = estimated_gain(product, can_keep_b=_can_keep(product.b, context))
+    if product.num_k < _LEAST_CHAIN * _sgemm_splits(product) ** 2:
+        return f"for {product.num_batches} x {sizes} SGEMM adds in so short chains that its error may be under ours"
+    if min(sizes) < _LEAST_SIDE or math.prod(sizes) * product.num_batches < _LEAST_VOLUME or gain < _LEAST_GAIN:
+        return f"a product of {product.num_batches} x {sizes} is not bound by arithmetic enough to gain"
+    return None
+
+
+def _is_full_precision() -> bool:
+    # torch refuses to answer when a program mixes its old and new TF32 switches.
+    try:
+        return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        return False
+
+
+def _sgemm_splits(product: MatMul) -> float:
+    """Return into how many sums SGEMM may split K to fill the GPU, on the safe side: its error falls as much.
+
+    Measured on an H100 with values of one sign: 7 at 512 x 768 x 1024, 11 at 512 x 768 x 8192.
+    """
+    blocks = product.num_batches * math.ceil(product.num_m / 128) * math.ceil(product.num_n / 128)
+    return max(1.0, 1.5 * _NUM_MULTIPROCESSORS / blocks)
+
+
+def estimated_gain(product: MatMul, *, can_keep_b: bool) -> float:
+    """Return SGEMM's time over ours, by the rates of one H100.
+
+    Args:
+        product: the sizes.
+        can_keep_b: B is split once, not at each call.
+    """
+    batches, m, n, k = product.num_batches, product.num_m, product.num_n, product.num_k
+    flops = 2 * batches * m * n * k
+    rate = _SPLIT_FLOP_PER_S * max(_share_busy(product, 128, 128), 0.85 * _share_busy(product, 64, 128))
+    # A block fills its pipeline and writes its result while the tensor cores wait.
+    rate *= k / (k + _K_LOST)
+    values = m * k + (0 if can_keep_b else n * k)
+    # Splitting reads a value once or twice and writes two halves of it.
+    split_s = batches * values * 12 / _BYTES_PER_S
+    num_launches = 2 if can_keep_b else 4
+    ours_s = max(flops / rate, 4 * batches * (m * n + m * k + n * k) / _BYTES_PER_S) + split_s
+    return flops / _SGEMM_FLOP_PER_S / (ours_s + num_launches * _LAUNCH_S)
+
+
+def _share_busy(product: MatMul, block_m: int, block_n: int) -> float:
+    """Return the share of the multiprocessors' time that is spent on elements of the result."""
+    blocks = product.num_batches * math.ceil(product.num_m / block_m) * math.ceil(product.num_n / block_n)
+    waves = math.ceil(blocks / _NUM_MULTIPROCESSORS)
+    covered = waves * _NUM_MULTIPROCESSORS * block_m * block_n
+    return product.num_batches * product.num_m * product.num_n / covered
+
+
+def _replace(product: MatMul, shape: tuple[int, ...], kernel: Kernel, context: RewriteContext) -> PatchDescriptor:
+    activation, last = _activation_after(product.node)
+    gone = [product.node] if last is product.node else [product.node, last]
+    is_kept = _can_keep(product.b, context)
+    config: dict[str, JsonValue] = {
+        "kernel": kernel.config.key(),
+        "shape": list(shape),
+        "activation": activation,
+        "is_weight_split_before": is_kept,
+    }
+    descriptor = context.describe(ACTION, product.node, gone, f"kernel {kernel.name}", config, kernel.content_hash)
+    b, exponent = _right_operand(product, is_kept, kernel, context)
+    call = context.call(product.node, kernel.call, product.a, b, product.bias, exponent, activation=activation)
+    call.meta["example_value"] = fake_of(last)
+    last.replace_all_uses_with(call)
+    erase_unused(gone)
+    return descriptor
+
+
+def _can_keep(b: fx.Node, context: RewriteContext) -> bool:
+    if not context.is_weight(b) or why_not_derivable([context.real_tensor(b)]):
+        return False
+    fake = fake_of(b)
+    return fake is not None and fake.dim() == 2 and b not in mutated_roots(context.graph_module.graph)
+
+
+def _right_operand(
+    product: MatMul, is_kept: bool, kernel: Kernel, context: RewriteContext
+) -> tuple[fx.Node, fx.Node | None]:
+    """Return B as the kernel takes it: its parts and exponents where they can be kept, else [..., K, N]."""
+    is_transposed = product.is_b_transposed
+
+    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return kernel.call(weight if is_transposed else weight.t())  # type: ignore[no-any-return]
+
+    def build_parts(weight: Tensor) -> Tensor:
+        return split(weight)[0]
+
+    def build_exponent(weight: Tensor) -> Tensor:
+        return split(weight)[1]
+
+    if is_kept:
+        parts = context.derive(f"{ACTION}_parts", [product.b], build_parts, product.node, (is_transposed,))
+        exponent = context.derive(f"{ACTION}_exponent", [product.b], build_exponent, product.node, (is_transposed,))
+        return parts, exponent
+    if not is_transposed:
+        return product.b, None
+    turned = context.call(product.node, torch.transpose, product.b, -2, -1)
+    fake = fake_of(product.b)
+    turned.meta["example_value"] = None if fake is None else fake.transpose(-2, -1)
+    return turned, None
+
+
+def _activation_after(node: fx.Node) -> tuple[str, fx.Node]:
+    """Return the activation that alone reads a value, and its node; "none" and the value itself otherwise."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].args[:1] != (node,) or memory_root(node) is not node:
+        return "none", node
+    user = users[0]
+    name = op_name(user)
+    if name == "gelu":
+        approximate = argument(user, 1, "approximate", "none")
+        return ("gelu_tanh" if approximate == "tanh" else "gelu"), user
+    return (name, user) if name in ("relu", "sigmoid", "silu") else ("none", node)

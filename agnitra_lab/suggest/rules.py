@@ -1,0 +1,309 @@
+"""The heuristics: one ordered table of rules, each with the gain it expects of a profile and where that comes from.
+
+A rule's expectation is an estimate from shares of the measured profile. It only ranks what is tried first: whether a
+change is kept is for the benchmark to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agnitra_lab.contracts.device import DeviceInfo
+from agnitra_lab.contracts.graph import WorkloadProfile
+from agnitra_lab.contracts.telemetry import TelemetryRecord
+from agnitra_lab.suggest import evidence
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a rule looks at."""
+
+    record: TelemetryRecord
+    profile: WorkloadProfile
+    device: DeviceInfo
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the profile's device is a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the workload makes one token a call."""
+        return "decode" in (self.record.phase, self.profile.phase)
+
+    @property
+    def linear_share(self) -> float:
+        """Share of self time in matrix products."""
+        return evidence.share_of(self.record, evidence.LINEAR_OPS)
+
+    @property
+    def conv_share(self) -> float:
+        """Share of self time in convolutions."""
+        return evidence.share_of(self.record, evidence.CONV_OPS)
+
+    def share_inside(self, pattern: str, ops: frozenset[str], *, should_count_all: bool = False) -> float:
+        """Share of self time of `ops` (or all ops) inside a pattern."""
+        return evidence.share_inside(self.record, self.profile, pattern, ops, should_count_all=should_count_all)
+
+
+@dataclass(frozen=True)
+class KernelFields:
+    """Where a template's search starts; all None for actions without a kernel."""
+
+    block_size: int | None = None
+    tile_shape: tuple[int, int] | None = None
+    unroll_factor: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One heuristic.
+
+    Attributes:
+        name: what suggestions cite, as "preset:<name>".
+        action: what it asks for.
+        applies: whether the situation calls for it, beyond the action being possible at all.
+        expected_share_saved: share of the device's busy time that it should save, 0 to 1.
+        saves_idle: the saving is of the whole call's wall time instead (launch gaps are idle time).
+        kernel_fields: the first config of its kernel.
+        reason: why, with the source that the expectation rests on.
+    """
+
+    name: str
+    action: str
+    applies: Callable[[Situation], bool]
+    expected_share_saved: Callable[[Situation], float]
+    reason: str
+    kernel_fields: Callable[[Situation], KernelFields] = lambda situation: KernelFields()
+    saves_idle: bool = False
+
+
+def _idle_share(situation: Situation) -> float:
+    utilisation = situation.record.gpu.gpu_utilisation
+    if utilisation is None:
+        # Without GPU truth: one token a call is bound by launches, a large batch is not.
+        return 0.5 if situation.is_decode else 0.1
+    return 1.0 - utilisation
+
+
+def _row_kernel(
+    ops: frozenset[str], *, default_width: int, max_block: int, values_per_thread: int
+) -> Callable[[Situation], KernelFields]:
+    """Return the first config of a kernel over rows: one row a program, blocks as wide as the row up to `max_block`,
+    and as many warps as leave each thread `values_per_thread` values to load."""
+
+    def fields(situation: Situation) -> KernelFields:
+        width = evidence.widest_row(situation.record, ops) or default_width
+        block_size = min(max(_next_power_of_two(width), 16), max_block)
+        num_warps = min(max(block_size // (32 * values_per_thread), 1), 16)
+        return KernelFields(block_size, (1, block_size), 1, num_warps, 1)
+
+    return fields
+
+
+def _next_power_of_two(value: int) -> int:
+    return 1 << (max(value, 1) - 1).bit_length()
+
+
+def _share_rule(name: str, action: str, ops: frozenset[str], saved: float, reason: str) -> Rule:
+    """Return a rule that expects to save a part of what some ops take. That it applies, the rewrites have found out."""
+    return Rule(
+        name=name,
+        action=action,
+        applies=lambda situation: True,
+        expected_share_saved=lambda situation: saved * evidence.share_of(situation.record, ops),
+        reason=reason,
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        name="launch_gaps",
+        action="cuda_graph",
+        applies=lambda s: s.is_cuda and _idle_share(s) > 0.05,
+        expected_share_saved=lambda s: 0.95 * _idle_share(s),
+        saves_idle=True,
+        reason="The GPU waits for launches; one graph replay removes the gaps. Measured on one H200 (torch 2.11): a "
+        "1.1B decoder, one token, torch.compile 10.2 ms without and 1.53 ms with a CUDA graph.",
+    ),
+    Rule(
+        name="norm_bandwidth",
+        action="rms_norm",
+        applies=lambda s: s.is_cuda,
+        expected_share_saved=lambda s: 0.9 * s.share_inside("rms_norm", evidence.RMS_NORM_OPS, should_count_all=True),
+        kernel_fields=_row_kernel(evidence.RMS_NORM_OPS, default_width=2048, max_block=16384, values_per_thread=16),
+        reason="RMSNorm is bound by memory and eager makes many passes. Measured on one H200 (torch 2.11), 16384 x "
+        "4096 bf16: eager 0.31 TB/s, max-autotune 3.94 TB/s, which is the device's copy bandwidth at that size.",
+    ),
+    Rule(
+        name="conv_bn",
+        action="conv_bn_fold",
+        applies=lambda s: True,
+        expected_share_saved=lambda s: evidence.share_of(s.record, evidence.BATCH_NORM_OPS),
+        reason="An eval-mode batch norm is an affine map per channel, so it disappears into the convolution's weights "
+        "(Jacob et al. 2018, arXiv:1712.05877, section 3.2).",
+    ),
+    Rule(
+        name="gate_times_up",
+        action="swiglu",
+        applies=lambda s: s.is_cuda,
+        expected_share_saved=lambda s: 0.4 * s.share_inside("gated_mlp", evidence.SILU_OPS | {"aten::mul"}),
+        kernel_fields=_row_kernel(evidence.SILU_OPS, default_width=1024, max_block=1024, values_per_thread=8),
+        reason="silu and the multiply pass over memory five times, one kernel three times: 40% fewer bytes (counted; "
+        "the same fusion as in Liger Kernel, arXiv:2410.10989).",
+    ),
+    Rule(
+        name="packed_weights",
+        action="freezing",
+        applies=lambda s: not s.is_cuda and s.linear_share + s.conv_share > 0.1,
+        expected_share_saved=lambda s: 0.15 * (s.linear_share + s.conv_share),
+        reason="On a CPU, constant weights are laid out once for oneDNN instead of at each call (Inductor's `freezing` "
+        "and `cpp.weight_prepack` options); the gain is an estimate until it is measured here.",
+    ),
+    Rule(
+        name="gate_and_up",
+        action="gate_up_concat",
+        applies=lambda s: True,
+        expected_share_saved=lambda s: (
+            (0.1 if s.is_decode else 0.05) * s.share_inside("gated_mlp", evidence.LINEAR_OPS)
+        ),
+        reason="Two GEMMs that read one input become one: the input is read once and there is one launch less. vLLM "
+        "and SGLang ship the same merge (MergedColumnParallelLinear); the gain is an estimate, larger for few rows.",
+    ),
+    Rule(
+        name="query_key_value",
+        action="qkv_concat",
+        applies=lambda s: True,
+        expected_share_saved=lambda s: (
+            (0.2 if s.is_decode else 0.1) * s.share_inside("transformer_attention", evidence.LINEAR_OPS)
+        ),
+        reason="Three GEMMs that read one input become one; key and value projections of grouped-query attention are "
+        "too small to fill a device alone. vLLM ships the same merge (QKVParallelLinear); the gain is an estimate.",
+    ),
+    Rule(
+        name="gemm_choices",
+        action="max_autotune",
+        applies=lambda s: s.linear_share + s.conv_share > 0.3,
+        expected_share_saved=lambda s: (0.12 if s.is_cuda else 0.02) * (s.linear_share + s.conv_share),
+        reason="Inductor times its GEMM choices at these shapes. Measured on one H200 (torch 2.11): a 1.1B decoder, "
+        "one token, reduce-overhead 1.53 ms and max-autotune 1.30 ms, for 72 s of compiling; a CPU gains little.",
+    ),
+    Rule(
+        name="attention_backend",
+        action="sdpa_backend",
+        applies=lambda s: s.is_cuda,
+        expected_share_saved=lambda s: 0.1 * s.share_inside("transformer_attention", evidence.ATTENTION_OPS),
+        reason="Which attention backend is fastest depends on shape and mask (pytorch issue 138907). Measured on one "
+        "H200 (torch 2.11), causal B4 H32 S2048 D128 bf16: flash 0.484 ms, cuDNN 0.284; the default was cuDNN there.",
+    ),
+    _share_rule(
+        "fused_attention",
+        "attention_by_hand",
+        evidence.ATTENTION_BY_HAND_OPS,
+        0.6,
+        "The scores of attention in single steps go through memory several times; one kernel keeps them on the chip "
+        "(Dao et al. 2022, arXiv:2205.14135). Measured elsewhere: 8 to 10 times for minGPT's attention (CUDA-L1).",
+    ),
+    _share_rule(
+        "decode_products",
+        "skinny_gemm",
+        evidence.LINEAR_OPS,
+        0.3,
+        "With few rows a product is one read of its weights. Measured on one H200, weights from memory: cuBLAS 6.1, "
+        "6.2, 13.9 and 11.6 us for the four products of a 1.1B decoder's layer, one Triton kernel 3.8, 3.2, 12.4, 7.0.",
+    ),
+    _share_rule(
+        "decode_attention",
+        "decode_attention",
+        evidence.ATTENTION_OPS,
+        0.4,
+        "One query over a cache needs the cache split over the device. Measured on one H200 (1.1B decoder, 1024 keys): "
+        "SDPA with a mask 11.1 us, split kernel 5.2 us.",
+    ),
+    _share_rule(
+        "split_precision",
+        "split_gemm",
+        evidence.LINEAR_OPS,
+        0.6,
+        "fp32 products run at 51 TFLOP/s on an H200's CUDA cores; three fp16 products on its tensor cores reach fp32's "
+        "error (Ootomo and Yokota 2022, arXiv:2203.03341).",
+    ),
+    _share_rule(
+        "algebra",
+        "linear_algebra",
+        evidence.LINEAR_OPS | evidence.CONV_OPS,
+        0.8,
+        "A sum or mean after a linear map, or a product with a diagonal, is a smaller linear map.",
+    ),
+    _share_rule(
+        "last_position",
+        "last_token_head",
+        evidence.LINEAR_OPS,
+        0.3,
+        "Where only the last position of a head's output is used, the others need not be computed.",
+    ),
+    _share_rule(
+        "convolution_layout",
+        "channels_last",
+        evidence.CONV_OPS,
+        0.2,
+        "Tensor cores read channels last. Measured on one H200: conv3d 128 to 128 channels, 1.2 to 1.3 times as fast.",
+    ),
+    _share_rule(
+        "library_kernels",
+        "keep_eager",
+        evidence.CONV_OPS | evidence.RNN_OPS,
+        0.1,
+        "Depthwise convolutions and recurrent layers were slower compiled than as one library call (KernelBench's "
+        "H100 timings: 0.16x and 0.73x of eager).",
+    ),
+    _share_rule(
+        "long_rows",
+        "softmax",
+        evidence.SOFTMAX_OPS,
+        0.4,
+        "Softmax is bound by memory: one read and one write where rows fit a block, and the second read from the L2 "
+        "where they do not.",
+    ),
+    _share_rule(
+        "one_read_of_the_logits",
+        "cross_entropy",
+        evidence.LOSS_OPS,
+        0.6,
+        "The loss of a token needs one read of its logits, in their own precision (Hsu et al. 2024, Liger Kernel, "
+        "arXiv:2410.10989).",
+    ),
+    _share_rule(
+        "running_sums",
+        "cumsum",
+        evidence.SCAN_OPS,
+        0.4,
+        "A scan over rows is one read and one write; eager's makes further passes.",
+    ),
+    _share_rule(
+        "norm_passes",
+        "layer_norm",
+        evidence.LAYER_NORM_OPS,
+        0.5,
+        "LayerNorm is bound by memory; rows too long for a block are split over the device, which eager and Inductor "
+        "leave to one block a row (KernelBench level 1, problem 40: eager 8.1 ms for 0.13 ms of bytes).",
+    ),
+    _share_rule(
+        "norm_over_channels",
+        "channel_norm",
+        evidence.RMS_NORM_OPS | evidence.LAYER_NORM_OPS,
+        0.5,
+        "A norm over a middle dimension reads each element once when a block holds all channels of its positions.",
+    ),
+    _share_rule(
+        "norm_over_groups",
+        "group_norm",
+        evidence.GROUP_NORM_OPS,
+        0.4,
+        "Group norm is two passes: statistics split over the device, then the affine map with its activation.",
+    ),
+)
