@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from agnitra_lab.contracts.base import Contract, NonNegative
+from agnitra_lab.contracts.base import Contract, Count, NonNegative, Positive
 from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
 from agnitra_lab.contracts.patch import PatchLog
@@ -40,6 +40,19 @@ class AgentNotes(Contract):
     measured_on: str | None = None
 
 
+class Payback(Contract):
+    """What the run took against what it saves: when it has earned its own time."""
+
+    num_calls: Count
+    """Calls after which the saved time is the spent time."""
+    spent_s: NonNegative
+    """Wall time of all stages."""
+    searched_s: NonNegative
+    """Of it, kernel searches."""
+    saved_ms: Positive
+    """A call."""
+
+
 class Report(Contract):
     """A finished run, as the report card, the HTML file and the JSON export show it."""
 
@@ -65,4 +78,6 @@ class Report(Contract):
     price_per_gpu_hour: NonNegative
     against_best: Comparison | None = None
     """The winner against the best plain torch.compile mode, head to head, when the winner is not one itself."""
+    payback: Payback | None = None
+    """None when nothing was kept."""
     schema_version: str = "agnitra.report.v1"

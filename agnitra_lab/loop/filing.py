@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from decimal import Decimal
@@ -11,7 +12,7 @@ from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.graph import WorkloadProfile
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
 from agnitra_lab.contracts.patch import PatchLog
-from agnitra_lab.contracts.report import AgentNotes, Checkpoint, Report
+from agnitra_lab.contracts.report import AgentNotes, Checkpoint, Payback, Report
 from agnitra_lab.contracts.run import Budget, Kind, Meta
 from agnitra_lab.contracts.search import SearchResult
 from agnitra_lab.contracts.suggestion import Proposal
@@ -62,7 +63,18 @@ def build_report(
         checkpoints=tuple(checkpoints),
         price_per_gpu_hour=float(settings.price_per_gpu_hour),
         against_best=against_best,
+        payback=_payback(comparison, checkpoints) if winner != comparison.baseline else None,
     )
+
+
+def _payback(comparison: Comparison, checkpoints: Sequence[Checkpoint]) -> Payback | None:
+    saved_ms = comparison.baseline_latency.latency_ms_p50 - comparison.candidate_latency.latency_ms_p50
+    spent_s = sum(point.wall_s for point in checkpoints)
+    if saved_ms <= 0:
+        return None
+    searched_s = sum(point.wall_s for point in checkpoints if point.stage == "refine")
+    num_calls = math.ceil(spent_s * 1e3 / saved_ms)
+    return Payback(num_calls=num_calls, spent_s=spent_s, searched_s=searched_s, saved_ms=saved_ms)
 
 
 def budget(workload: Workload, settings: Settings, profile: WorkloadProfile) -> Budget:

@@ -5,6 +5,7 @@ A config that hangs, crashes or reads past its tensors does so there, and the lo
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from agnitra_lab.benchmark.timing import measure_kernel
 from agnitra_lab.benchmark.tree import tensors
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.search import KernelConfig
+from agnitra_lab.device.exclusive import shared_file, take_turns
 from agnitra_lab.errors import SearchError
 from agnitra_lab.generate import registry
+from agnitra_lab.generate.defaults import default_config
 from agnitra_lab.generate.render import render
 
 _REQUIRED_SHARE = 0.999
@@ -24,17 +27,29 @@ _examples: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
 
 
 def warm(device: str) -> str:
-    """Load torch and start the device; return the device's name."""
+    """Load torch and Triton and start the device; return the device's name."""
     torch.zeros(1, device=device)
+    if device.startswith("cuda"):
+        # The first kernel pays for Triton's own start, some 4 s.
+        first = Site("rms_norm", (1, 16), "float32")
+        measure(first, default_config(first.template, first.shape, first.dtype), device)
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 
-def measure(site: Site, config: KernelConfig, device: str) -> float:
+def measure(site: Site, config: KernelConfig, device: str, turns_file: Path | None = None) -> float:
     """Return the latency in ms of a config at its site, once it has given the right answer.
+
+    Args:
+        site: template, shape and dtype.
+        config: what to try.
+        device: where.
+        turns_file: where processes that share the device take turns; None where none do.
 
     Raises:
         SearchError: when its output differs from the template's reference.
     """
+    if turns_file != shared_file():
+        take_turns(turns_file)
     arguments, options, expected = _example(site, device)
     kernel = render(config)
     with torch.no_grad():

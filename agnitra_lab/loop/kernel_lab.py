@@ -10,6 +10,7 @@ import torch
 from agnitra_lab.benchmark.worker import Outcome, Worker
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.search import KernelConfig
+from agnitra_lab.device.exclusive import shared_file
 from agnitra_lab.errors import SearchError
 
 _JOBS = "agnitra_lab.loop.kernel_jobs"
@@ -36,7 +37,10 @@ class KernelLab:
 
         def measured(config: KernelConfig) -> float:
             outcome = self._worker.run(
-                f"{_JOBS}:measure", (site, config, self._device), name=config.key(), deadline_s=_DEADLINE_S
+                f"{_JOBS}:measure",
+                (site, config, self._device, shared_file()),
+                name=config.key(),
+                deadline_s=_DEADLINE_S,
             )
             if outcome.status == "ok":
                 return float(outcome.value)

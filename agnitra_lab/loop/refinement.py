@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from agnitra_lab.errors import SearchError
 from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
 from agnitra_lab.generate.tuned import TunedConfigs, default_folder
+from agnitra_lab.loop.chooser import clock_s
 from agnitra_lab.loop.kernel_lab import KernelLab
 from agnitra_lab.loop.settings import Settings
 from agnitra_lab.refine import replay, search
@@ -69,14 +69,14 @@ class Refinement:
             The searches made, and a line a site.
         """
         results, notes = [], []
-        deadline_s = time.monotonic() + _SEARCH_SHARE * self._settings.budget_s
+        deadline_s = clock_s() + _SEARCH_SHARE * self._settings.budget_s
         for site in sites:
             known = self._known.get(site) if self._known is not None and self._settings.is_warm else None
             if known is not None:
                 self.tuned[site] = known
                 notes.append(f"{site.key()}: found by an earlier run")
                 continue
-            left_s = deadline_s - time.monotonic()
+            left_s = deadline_s - clock_s()
             if left_s < _LEAST_SEARCH_S:
                 notes.append(f"{site.key()}: rule of thumb, the search budget is spent")
                 continue

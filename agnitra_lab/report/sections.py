@@ -244,7 +244,22 @@ def proof_facts(report: Report) -> Facts:
         facts.append(
             ("Physical floor", f"{numbers.milliseconds(comparison.floor_ms)}: {comparison.floor_reason or ''}")
         )
+    cost = break_even(report)
+    if cost is not None:
+        facts.append(("Pays for itself", cost))
     return (*facts, *(("Problem", problem) for problem in check.problems))
+
+
+def break_even(report: Report) -> str | None:
+    """After how many calls the run has earned the time that it took; None when nothing was kept."""
+    payback = report.payback
+    if payback is None:
+        return None
+    return (
+        f"after {payback.num_calls:,} calls: {numbers.seconds(payback.spent_s)} of this run, of it "
+        f"{numbers.seconds(payback.searched_s)} of kernel search, "
+        f"at {numbers.milliseconds(payback.saved_ms)} saved a call"
+    )
 
 
 def usage_facts(report: Report) -> Facts:

@@ -5,6 +5,7 @@ from decimal import Decimal
 import pytest
 from report_factory import make_comparison, make_report
 
+from agnitra_lab.contracts.report import Payback
 from agnitra_lab.report import sections
 from agnitra_lab.report.card import card_html, card_text
 from agnitra_lab.report.markdown import to_markdown
@@ -139,3 +140,15 @@ def test_the_kept_candidate_leads_and_those_without_a_measurement_come_last():
     assert [row[0] for row in table.rows[:3]] == [report.winner, "compile:default", "freezing"]
     assert table.emphasised == 0
     assert {row[2] for row in table.rows[3:]} == {""}
+
+
+def test_a_kept_candidate_says_after_how_many_calls_it_has_paid_for_the_run():
+    payback = Payback(num_calls=1234, spent_s=61.3, searched_s=2.4, saved_ms=49.7)
+    report = make_report().model_copy(update={"payback": payback})
+    assert "after 1,234 calls" in str(sections.break_even(report))
+    assert ("Pays for itself", sections.break_even(report)) in sections.proof_facts(report)
+
+
+def test_nothing_is_paid_back_where_nothing_was_kept():
+    report = make_report()
+    assert sections.break_even(report) is None

@@ -1,0 +1,116 @@
+"""The contest within a budget: what is tried, what is skipped and why, and that the best so far stands throughout."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Equivalence, Latency, Ratio
+from agnitra_lab.errors import PatchError
+from agnitra_lab.loop.chooser import Chooser
+from agnitra_lab.patch.candidates import Plan
+
+ACTIONS = ("cuda_graph", "qkv_concat", "rms_norm", "max_autotune")
+
+
+class Built:
+    """What the chooser needs of a patch."""
+
+    def __init__(self, name, num_graphs=1):
+        self.name, self.is_discarded, self._num_graphs = name, False, num_graphs
+
+    def log(self):
+        return SimpleNamespace(num_graphs=self._num_graphs, compile_s=0.1)
+
+    def discard(self):
+        self.is_discarded = True
+
+
+def result_of(name, latency_ms, verdict="faster"):
+    ratio = Ratio(median=10 / latency_ms, low=10 / latency_ms, high=10 / latency_ms)
+    equivalence = Equivalence(
+        is_equivalent=True, match_share=1.0, required_share=0.999, rtol=1e-4, num_seeds=3, num_elements=1,
+        max_abs_error=0.0, error_vs_fp64=None, baseline_error_vs_fp64=None, error_ratio=None,
+    )  # fmt: skip
+
+    def latency(value):
+        return Latency(latency_ms_p50=value, latency_ms_p20=value, latency_ms_p80=value, num_samples=9)
+
+    comparison = Comparison(
+        workload="w", baseline="eager", candidate=name, baseline_latency=latency(10.0),
+        candidate_latency=latency(latency_ms), speedup=ratio, noise=Ratio(median=1, low=1, high=1),
+        baseline_items_per_second=1, candidate_items_per_second=1, item_unit="calls", equivalence=equivalence,
+        verdict=verdict,
+    )  # fmt: skip
+    status = "kept" if verdict == "faster" else "rejected"
+    return CandidateResult(name=name, status=status, reason="", compile_s=0.1, comparison=comparison)
+
+
+def run(times_ms, *, budget_s=60.0, limit_ms=None, device="cuda", fails=(), num_graphs=1):
+    built = {}
+
+    def build(candidate):
+        if candidate.name in fails:
+            raise PatchError("cannot be compiled")
+        built[candidate.name] = Built(candidate.name, num_graphs)
+        return built[candidate.name]
+
+    def screen(name, patch):
+        time_ms = times_ms.get(name, 9.0)
+        return result_of(name, time_ms, "faster" if time_ms < 10 else "slower")
+
+    chooser = Chooser(Plan(ACTIONS, device), build, screen, budget_s=budget_s, limit_ms=limit_ms)
+    chooser.run()
+    return chooser, built
+
+
+def tried(chooser):
+    return [result.name for result in chooser.results if result.status != "skipped"]
+
+
+def test_the_cheap_comes_first_then_max_autotune_then_the_best_less_each_change():
+    chooser, _ = run({"agnitra": 4.0})
+    assert tried(chooser) == [
+        "cuda_graph", "agnitra", "torch.compile", "agnitra:max-autotune", "agnitra-qkv_concat", "agnitra-rms_norm",
+    ]  # fmt: skip
+    assert chooser.best == "agnitra"
+
+
+def test_a_change_that_costs_more_than_it_gains_is_left_out_and_the_rest_is_tried_again():
+    chooser, _ = run({"agnitra": 4.0, "agnitra-rms_norm": 3.0})
+    assert chooser.best == "agnitra-rms_norm"
+    assert tried(chooser)[-1] == "agnitra-rms_norm"
+
+
+def test_near_the_physical_limit_nothing_more_is_compiled():
+    chooser, _ = run({"agnitra": 4.0}, limit_ms=3.8)
+    assert tried(chooser) == ["cuda_graph", "agnitra"]
+    assert "within 15% of the device's limit" in chooser.results[2].reason
+
+
+def test_without_budget_plain_torch_compile_is_still_looked_at_where_ours_fails():
+    chooser, _ = run({}, budget_s=1e-9, fails=("agnitra",))
+    assert tried(chooser) == ["cuda_graph", "agnitra", "torch.compile"]
+    assert chooser.best is not None
+
+
+def test_a_failure_is_recorded_and_the_contest_goes_on():
+    chooser, _ = run({"torch.compile": 5.0}, fails=("agnitra", "cuda_graph"))
+    assert [result.status for result in chooser.results[:3]] == ["failed", "failed", "kept"]
+    assert chooser.best == "torch.compile"
+
+
+def test_losers_let_go_of_their_memory():
+    chooser, built = run({"agnitra": 2.0, "torch.compile": 3.0, "cuda_graph": 9.9, "agnitra:max-autotune": 2.5})
+    assert built["cuda_graph"].is_discarded
+    assert "cuda_graph" not in chooser.patches
+    assert not built["agnitra"].is_discarded
+
+
+def test_a_model_of_several_graphs_also_gets_inductors_own_cuda_graphs():
+    chooser, _ = run({"agnitra": 4.0}, num_graphs=3)
+    assert {"torch.compile:reduce-overhead", "torch.compile:max-autotune"} <= set(tried(chooser))
+
+
+def test_on_a_cpu_there_are_no_cuda_graphs():
+    chooser, _ = run({"agnitra": 4.0}, device="cpu")
+    assert "cuda_graph" not in tried(chooser)
