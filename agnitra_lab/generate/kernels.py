@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -28,16 +28,24 @@ class KernelBook:
         sites: every site asked for, with the number of times.
     """
 
-    def __init__(self, tuned: Mapping[Site, KernelConfig] | None = None, *, is_survey: bool = False) -> None:
+    def __init__(
+        self,
+        tuned: Mapping[Site, KernelConfig] | None = None,
+        *,
+        refused: Collection[Site] = (),
+        is_survey: bool = False,
+    ) -> None:
         """Make a book.
 
         Args:
             tuned: configs that were found.
+            refused: sites that get no kernel, because what was tried there failed.
             is_survey: only record what is asked for, and have no kernel to give.
         """
         self.tuned = dict(tuned or {})
         self.sites: Counter[Site] = Counter()
         self._is_survey = is_survey
+        self._refused = frozenset(refused)
         self._rendered: dict[str, Kernel] = {}
 
     def __call__(self, template: str, shape: tuple[int, ...], dtype: str) -> Kernel | None:
@@ -48,7 +56,7 @@ class KernelBook:
         except TemplateError:
             return None
         self.sites[site] += 1
-        if self._is_survey:
+        if self._is_survey or site in self._refused:
             return None
         key = config.key()
         if key not in self._rendered:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -74,6 +74,7 @@ class Optimization:
         self.searches: list[SearchResult] = []
         self.kernels = templates.KernelBook()
         self.tuned: Mapping[Site, KernelConfig] = {}
+        self.refused: Collection[Site] = ()
         self.lab = KernelLab(self.device) if self.device.type == "cuda" and settings.sampler is not None else None
         self._surveyed: list[Site] = []
         self.patches: dict[str, Patch] = {}
@@ -145,9 +146,9 @@ class Optimization:
             reason = "kernel search is off" if found else "no kernel template fits this graph"
             self._checkpoint("refine", reason, started, "skipped")
             return self.searches
-        refining = Refinement(self.settings, self.device, self.device_info, self.lab, self.proposal.suggestions)
+        refining = Refinement(self.settings, self.device_info, self.lab, self.proposal.suggestions)
         self.searches, notes = refining.run(found)
-        self.tuned = refining.tuned
+        self.tuned, self.refused = refining.tuned, refining.refused
         for result in self.searches:
             site = Site(result.space_template, result.shape, result.dtype)
             self.run.write_json("cmaes", f"trials/{site.key().replace('/', '__')}.json", result)
@@ -157,7 +158,7 @@ class Optimization:
     def generate(self) -> list[Kernel]:
         """Render the best config of each site as a Triton kernel; the sources are filed by content hash."""
         started = time.monotonic()
-        self.kernels = templates.KernelBook(self.tuned)
+        self.kernels = templates.KernelBook(self.tuned, refused=self.refused)
         sites = (
             [Site(result.space_template, result.shape, result.dtype) for result in self.searches]
             if why_no_kernels()

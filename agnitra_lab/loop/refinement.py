@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
-
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.search import KernelConfig, SearchResult
@@ -30,30 +28,29 @@ class Refinement:
 
     Args:
         settings: sampler, trials, budget, seed and the folder of earlier findings.
-        device: where it runs.
         device_info: the device and its versions, which earlier findings must share.
         lab: where configs are measured; None where recordings answer.
         suggestions: whose configs are measured first.
 
     Attributes:
         tuned: site -> the config to use there; sites that nobody searched are not in it.
+        refused: sites where every config that was tried failed; their ops stay.
     """
 
     def __init__(
         self,
         settings: Settings,
-        device: torch.device,
         device_info: DeviceInfo,
         lab: KernelLab | None,
         suggestions: Sequence[Suggestion],
     ) -> None:
         self._settings = settings
-        self._device = device
         self._device_name = device_info.name
         self._lab = lab
         self._suggestions = suggestions
         self._is_measured = lab is not None and why_no_kernels() is None
         self.tuned: dict[Site, KernelConfig] = {}
+        self.refused: set[Site] = set()
         self._known: TunedConfigs | None = None
         if self._is_measured:
             folder = settings.tuned_folder or default_folder()
@@ -77,20 +74,23 @@ class Refinement:
                 notes.append(f"{site.key()}: found by an earlier run")
                 continue
             left_s = deadline_s - clock_s()
-            if left_s < _LEAST_SEARCH_S:
-                notes.append(f"{site.key()}: rule of thumb, the search budget is spent")
+            is_spent = left_s < _LEAST_SEARCH_S
+            if is_spent and not self._is_measured:
+                notes.append(f"{site.key()}: the search budget is spent")
                 continue
-            # Later sites are not left with nothing: each may take half of what is left.
-            result, note = self._searched(site, max(left_s / 2, _LEAST_SEARCH_S))
+            # Later sites are not left with nothing: each may take half of what is left, and the rule of thumb is tried
+            # in any case, because no kernel runs in this process that has not run in the lab.
+            num_trials = 1 if is_spent else self._settings.max_trials
+            result, note = self._searched(site, max(left_s / 2, _LEAST_SEARCH_S), num_trials)
             notes.append(note)
             results += [result] if result is not None else []
         return results, notes
 
-    def _searched(self, site: Site, budget_s: float) -> tuple[SearchResult | None, str]:
+    def _searched(self, site: Site, budget_s: float, num_trials: int) -> tuple[SearchResult | None, str]:
         try:
-            result = self._search(site, budget_s)
+            result = self._search(site, budget_s, num_trials)
         except SearchError as error:
-            # Every config failed: the rule of thumb stands in, and the contest decides whether its kernel runs.
+            self.refused.add(site)
             return None, f"{site.key()}: {error.message}"
         if result is None:
             return None, f"{site.template}: no measurements for this device"
@@ -106,7 +106,7 @@ class Refinement:
             f"configs, {result.measured_on}"
         )
 
-    def _search(self, site: Site, budget_s: float) -> SearchResult | None:
+    def _search(self, site: Site, budget_s: float, num_trials: int) -> SearchResult | None:
         given = self._settings
         measure: Callable[[KernelConfig], float]
         if self._is_measured and self._lab is not None:
@@ -121,7 +121,7 @@ class Refinement:
             measured_site = replace(site, shape=recorded.shape, dtype=recorded.dtype)
         seeds = templates.seed_configs(measured_site, self._suggestions)
         return search.search(
-            space, measure, sampler=given.sampler or "rl", max_trials=given.max_trials, seed=given.seed, seeds=seeds,
+            space, measure, sampler=given.sampler or "rl", max_trials=num_trials, seed=given.seed, seeds=seeds,
             measured_on=measured_on, budget_s=budget_s,
         )  # fmt: skip
 

@@ -52,3 +52,9 @@ def test_a_survey_counts_the_sites_and_gives_no_kernel() -> None:
     assert ask(book) is None
     assert book.sites == {SITE: 2}
     assert book.kernels == []
+
+
+def test_a_site_where_all_that_was_tried_failed_gets_no_kernel() -> None:
+    book = KernelBook(refused={SITE})
+    assert ask(book) is None
+    assert ask(book, Site("rms_norm", (8, 64), "bfloat16")) is not None

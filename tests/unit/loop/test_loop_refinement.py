@@ -1,0 +1,75 @@
+"""The refine stage over a graph's sites: what is known is taken, the rest searched, nothing untried is installed."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from agnitra_lab.contracts.device import DeviceInfo
+from agnitra_lab.contracts.kernel import Site
+from agnitra_lab.errors import SearchError
+from agnitra_lab.generate.defaults import default_config
+from agnitra_lab.loop import refinement
+from agnitra_lab.loop.refinement import Refinement
+from agnitra_lab.loop.settings import Settings
+
+H200 = DeviceInfo(type="cuda", name="NVIDIA H200", torch_version="2.11.0", triton_version="3.6.0")
+NORM, GATE = Site("rms_norm", (4096, 2048), "bfloat16"), Site("swiglu", (4096, 5632), "bfloat16")
+
+
+class Lab:
+    """Answers in place of a device: a time that falls with the number of warps, or a failure."""
+
+    def __init__(self, fails=()):
+        self.fails, self.measured = fails, []
+
+    def measure(self, site):
+        def measured(config):
+            self.measured.append((site, config))
+            if site.template in self.fails:
+                raise SearchError("crash: the process ended with SIGSEGV")
+            return 1.0 / config.params["num_warps"]
+
+        return measured
+
+
+@pytest.fixture(autouse=True)
+def with_a_device(monkeypatch):
+    monkeypatch.setattr(refinement, "why_no_kernels", lambda: None)
+
+
+def refine(tmp_path, lab, *sites, **settings):
+    chosen = Settings(tuned_folder=tmp_path, **{"max_trials": 6, "budget_s": 60.0, **settings})
+    stage = Refinement(chosen, H200, lab, ())
+    results, notes = stage.run(sites)
+    return stage, results, notes
+
+
+def test_a_second_run_takes_what_the_first_one_found_and_measures_nothing(tmp_path):
+    first, _, _ = refine(tmp_path, Lab(), NORM)
+    lab = Lab()
+    second, results, notes = refine(tmp_path, lab, NORM)
+    assert second.tuned == first.tuned
+    assert (lab.measured, results) == ([], [])
+    assert "found by an earlier run" in notes[0]
+
+
+def test_a_run_that_is_not_to_start_warm_searches_again(tmp_path):
+    refine(tmp_path, Lab(), NORM)
+    lab = Lab()
+    refine(tmp_path, lab, NORM, is_warm=False)
+    assert lab.measured
+
+
+def test_a_site_where_everything_fails_is_refused_and_the_next_one_searched(tmp_path):
+    stage, _, notes = refine(tmp_path, Lab(fails=("rms_norm",)), NORM, GATE)
+    assert stage.refused == {NORM}
+    assert set(stage.tuned) == {GATE}
+    assert "SIGSEGV" in notes[0]
+
+
+def test_without_budget_the_rule_of_thumb_is_still_tried_before_it_is_used(tmp_path):
+    lab = Lab()
+    stage, _, _ = refine(tmp_path, lab, NORM, budget_s=1e-6)
+    rule = default_config(NORM.template, NORM.shape, NORM.dtype)
+    assert {config for _, config in ((site, config.key()) for site, config in lab.measured)} == {rule.key()}
+    assert stage.tuned == {NORM: rule}
