@@ -17,8 +17,7 @@ from torch.utils import _pytree
 
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.liveness import Liveness
-
-_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+from agnitra_lab.patch.signature import PLAIN
 
 
 class DirectCall:
@@ -102,7 +101,7 @@ def _argument_map(
         if isinstance(argument, Tensor) and id(argument) in of_input:
             slots.append((position, of_input[id(argument)]))
             arguments.append(None)
-        elif (isinstance(argument, Tensor) and id(argument) in is_weight) or isinstance(argument, _PLAIN):
+        elif (isinstance(argument, Tensor) and id(argument) in is_weight) or isinstance(argument, PLAIN):
             arguments.append(argument)
         else:
             raise PatchError(f"the graph takes a {type(argument).__name__} that is no input, parameter or attribute")
@@ -114,7 +113,7 @@ def _source_of(leaf: Any, outputs: Sequence[Any], leaves: Sequence[Any], livenes
         for index, value in enumerate(values):
             if isinstance(leaf, Tensor) and value is leaf:
                 return kind, index
-    if any(tensor is leaf for tensor in liveness.tensors) or isinstance(leaf, _PLAIN):
+    if any(tensor is leaf for tensor in liveness.tensors) or isinstance(leaf, PLAIN):
         return "constant", leaf
     raise PatchError(f"the result holds a {type(leaf).__name__} that the graph does not return")
 

@@ -17,10 +17,10 @@ from torch.utils import _pytree
 from agnitra_lab.device.graphs import Segments, capture
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.liveness import Liveness
+from agnitra_lab.patch.signature import PLAIN
 
 _NUM_WARM_CALLS = 3
 _FEW_INPUTS = 2
-_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
 
 class GraphedCall:
@@ -89,7 +89,7 @@ def _refuse_uncapturable(leaves: Sequence[Any]) -> None:
                 raise PatchError(f"an input tensor is on {leaf.device}; a CUDA graph reads CUDA memory alone")
             if torch._debug_has_internal_overlap(leaf) == 1:
                 raise PatchError("an input tensor's elements share memory with each other, so it cannot be copied into")
-        elif not isinstance(leaf, _PLAIN):
+        elif not isinstance(leaf, PLAIN):
             raise PatchError(f"an input is a {type(leaf).__name__}, whose value no guard compares")
 
 

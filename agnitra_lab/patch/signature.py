@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 Check = Callable[[Any], bool]
+PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+"""What an argument may be beside a tensor for a call to be told from another by its value."""
 
 
 class Signature:
@@ -64,7 +66,7 @@ class _Leaf:
             self.keys = list(value)
             self.items = [_Leaf(where, item) for item in value.values()]
             self.matches = self._matches_dict
-        elif value is None or self.type in (bool, int, float, complex, str, torch.dtype, torch.device):
+        elif self.type in PLAIN:
             self.value = value
             self.matches = self._matches_value
         else:
