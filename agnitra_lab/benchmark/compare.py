@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from agnitra_lab.benchmark import stats
-from agnitra_lab.benchmark.equivalence import PrecisionTrack, Verified, verify
-from agnitra_lab.benchmark.inputs import redraw, shifted_copy
+from agnitra_lab.benchmark.equivalence import Verified, verify
+from agnitra_lab.benchmark.inputs import FreshInputs
 from agnitra_lab.benchmark.outputs import fingerprints_match
+from agnitra_lab.benchmark.reference import PrecisionTrack, Reference
 from agnitra_lab.benchmark.state import ModuleState, module_of
 from agnitra_lab.benchmark.timing import PairTimings, Side, time_pair
 from agnitra_lab.contracts.device import DevicePeaks
@@ -20,6 +21,8 @@ from agnitra_lab.device.info import device_of
 from agnitra_lab.errors import PatchError
 
 _SHORT_BUDGET_S, _SHORT_PAIRS = 0.5, 4
+# Share of the timing's budget that may go into drawing inputs.
+DRAW_SHARE = 0.3
 # Share of the floor under which a time is a bug. A CPU's caches hold whole models, and its measured copy bandwidth
 # depends on who else uses the machine, so there only the absurd is refused.
 _FLOOR_SHARE = {"cuda": 0.95, "cpu": 0.2}
@@ -37,6 +40,7 @@ def compare(
     peaks: DevicePeaks | None = None,
     floor_ms: float | None = None,
     precision_track: PrecisionTrack = "exact",
+    reference: Reference | None = None,
 ) -> Comparison:
     """Compare a candidate with the baseline.
 
@@ -47,9 +51,10 @@ def compare(
         baseline: what to compare with; the workload's model by default.
         baseline_name: for the record.
         budget_s: time for the timing loop; the equivalence check comes on top.
-        seeds: of the fresh inputs; the same sets are checked and timed.
+        seeds: of the inputs that are checked; the timed calls go on with inputs that no call has seen.
         peaks, floor_ms: measured ceilings, and the least time that the matrix peak allows for this work's FLOPs.
         precision_track: "exact", or "relaxed" when low precision was asked for by name.
+        reference: the baseline's answers from earlier comparisons of this workload, as in `verify`.
 
     Returns:
         The comparison. A candidate that computes something else is timed in a short loop only, for the record.
@@ -57,11 +62,13 @@ def compare(
     Raises:
         PatchError, UsageError: when the candidate, or the baseline, raises on the workload's inputs.
     """
-    reference = baseline or workload.model
-    verified = verify(workload, candidate, baseline=reference, seeds=seeds, precision_track=precision_track)
-    timings = _time(workload, candidate, reference, verified, seeds, budget_s, candidate_name)
-    prints = [(input_set, timed) for side, input_set, timed in timings.prints if side == "candidate"]
-    problems = timed_problems(verified, prints, seeds) + _floor_problems(workload, timings, floor_ms)
+    known = reference or Reference(workload, baseline, precision_track=precision_track)
+    verified = verify(workload, candidate, seeds=seeds, reference=known)
+    inputs = FreshInputs(workload, seeds, draw_budget_s=DRAW_SHARE * budget_s, is_fresh=verified.agrees_by_prints)
+    timings = _time(workload, candidate, known.baseline, verified, inputs, budget_s, candidate_name)
+    problems = timed_problems(verified, timings.prints, inputs, "candidate", "baseline") + _floor_problems(
+        workload, timings, floor_ms
+    )
     equivalence = with_problems(verified.equivalence, problems)
     return _comparison(
         workload,
@@ -95,17 +102,15 @@ def head_to_head(
         equivalence: the candidate's, against eager: two roundings of one function differ by more than either from the
             truth, so holding them against each other would prove nothing.
         budget_s: time for the timing loop.
-        seeds: of the input sets.
+        seeds: of the first inputs.
     """
     state = ModuleState(module_of(workload.model))
-    input_sets = [redraw(workload, seed) for seed in seeds]
     timings = time_pair(
         baseline,
         candidate,
-        lambda index: shifted_copy(input_sets[index]),
+        FreshInputs(workload, seeds, draw_budget_s=DRAW_SHARE * budget_s),
         device=device_of(module_of(workload.model), workload.args, workload.kwargs),
         budget_s=budget_s,
-        num_input_sets=len(input_sets),
         reset=lambda side: state.restore(),
     )
     state.restore()
@@ -148,13 +153,12 @@ def _time(
     candidate: Callable[..., Any],
     baseline: Callable[..., Any],
     verified: Verified,
-    seeds: tuple[int, ...],
+    inputs: FreshInputs,
     budget_s: float,
     candidate_name: str,
 ) -> PairTimings:
     if not verified.is_runnable:
         raise PatchError(f"Candidate {candidate_name!r} does not run: {verified.equivalence.problems[-1]}.")
-    input_sets = [redraw(workload, seed) for seed in seeds]
     states = {"baseline": verified.baseline_state, "candidate": verified.candidate_state}
 
     def reset(side: Side) -> None:
@@ -165,11 +169,10 @@ def _time(
         return time_pair(
             baseline,
             candidate,
-            lambda index: shifted_copy(input_sets[index]),
+            inputs,
             device=device_of(module_of(workload.model), workload.args, workload.kwargs),
             budget_s=budget_s if is_equivalent else min(budget_s, _SHORT_BUDGET_S),
             min_pairs=12 if is_equivalent else _SHORT_PAIRS,
-            num_input_sets=len(input_sets),
             reset=reset,
         )
     except Exception as error:
@@ -182,21 +185,31 @@ def _time(
 
 
 def timed_problems(
-    verified: Verified, prints: Sequence[tuple[int, list[torch.Tensor]]], seeds: tuple[int, ...]
+    verified: Verified,
+    prints: Sequence[tuple[str, int, list[torch.Tensor]]],
+    inputs: FreshInputs,
+    candidate: str | Sequence[str],
+    baseline: str,
 ) -> list[str]:
-    """Hold each timed output of the candidate against its verified output on the same inputs.
+    """Hold each timed output of the candidate against its verified one, or the baseline's on the same fresh inputs.
 
     Args:
         verified: the check of the candidate.
-        prints: (input set, fingerprint) of its timed calls.
-        seeds: input set -> seed.
+        prints: (side, round, fingerprint) of all timed calls.
+        inputs: of the rounds.
+        candidate: name of its side, or names where it took part more than once.
+        baseline: name of the baseline's side.
     """
-    num_wrong = sum(
-        not fingerprints_match(timed, verified.candidate_prints[seeds[input_set]], verified.rtols)
-        for input_set, timed in prints
-        if seeds[input_set] in verified.candidate_prints
-    )
-    return [f"timed outputs differ from the verified ones in {num_wrong} of {len(prints)} calls"] if num_wrong else []
+    mine = (candidate,) if isinstance(candidate, str) else tuple(candidate)
+    wanted = {index: timed for side, index, timed in prints if side == baseline}
+    wanted |= {
+        index: verified.candidate_prints[inputs.seed(index)]
+        for _, index, _ in prints
+        if inputs.seed(index) in verified.candidate_prints
+    }
+    timed = [(index, timed) for side, index, timed in prints if side in mine]
+    num_wrong = sum(not fingerprints_match(found, wanted[index], verified.rtols) for index, found in timed)
+    return [f"timed outputs differ from the verified ones in {num_wrong} of {len(timed)} calls"] if num_wrong else []
 
 
 def _items_per_second(workload: Workload, latency: Latency) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,27 +22,29 @@ from agnitra_lab.benchmark.effects import (
     written_elements,
     written_part,
 )
-from agnitra_lab.benchmark.elements import MAX_ERROR_RATIO, RELAXED_RTOL, RTOL, LeafMatch, match, rtol_of
+from agnitra_lab.benchmark.elements import MAX_ERROR_RATIO, RTOL, LeafMatch, match, rtol_of
 from agnitra_lab.benchmark.inputs import redraw, shifted_copy
-from agnitra_lab.benchmark.oracle import Oracle, build_oracle, oracle_failure
-from agnitra_lab.benchmark.outputs import Call, fingerprint, layout_problems, leaf_rtols, overwritten_outputs, run_call
-from agnitra_lab.benchmark.state import ModuleState, module_of, same_values
-from agnitra_lab.benchmark.tree import leaves, tensors
+from agnitra_lab.benchmark.outputs import (
+    Call,
+    fingerprint,
+    fingerprints_match,
+    layout_problems,
+    overwritten_outputs,
+    run_call,
+)
+from agnitra_lab.benchmark.reference import Answer, PrecisionTrack, Reference, first_line
+from agnitra_lab.benchmark.state import ModuleState, module_of
+from agnitra_lab.benchmark.tree import tensors
 from agnitra_lab.contracts.measurement import Equivalence
 from agnitra_lab.contracts.workload import Inputs, Workload
 from agnitra_lab.device.exclusive import exclusive
-from agnitra_lab.device.info import device_of, synchronize
+from agnitra_lab.device.info import synchronize
 from agnitra_lab.errors import UsageError
 
-PrecisionTrack = Literal["exact", "relaxed"]
-
-_PROBE_SEED = 104_729
 # A ratio of errors over few effective elements scatters; a near miss is judged again on more seeds.
 _NEAR_MISS_RATIO, _NUM_EXTRA_SEEDS = 2.0, 5
 # Rounding of the oracle itself, relative to the output's size.
 _ORACLE_SLACK = 1e-8
-# A double-precision copy this far from eager computes something else.
-_ORACLE_NONSENSE = 0.5
 _MIN_LOGITS = 16
 
 
@@ -65,6 +67,17 @@ class Verified:
     rtols: list[float]
     candidate_state: ModuleState
     baseline_state: ModuleState
+
+    @property
+    def agrees_by_prints(self) -> bool:
+        """Whether its outputs' fingerprints are the baseline's, so that they show a wrong answer on other inputs too.
+
+        A model that turns roundings into other choices (a router's ties) has none to compare.
+        """
+        return bool(self.candidate_prints) and all(
+            fingerprints_match(found, self.baseline_prints[seed], self.rtols)
+            for seed, found in self.candidate_prints.items()
+        )
 
 
 def check(
@@ -106,12 +119,20 @@ def verify(
     seeds: tuple[int, ...] = (0, 1, 2),
     required_share: float = 0.999,
     precision_track: PrecisionTrack = "exact",
+    reference: Reference | None = None,
 ) -> Verified:
-    """Run `check` and keep the fingerprints of the verified outputs. Arguments as `check`."""
+    """Run `check` and keep the fingerprints of the verified outputs.
+
+    Args:
+        reference: the answers of earlier checks of the same workload, baseline and track; it gains those of this one.
+        workload, candidate, baseline, seeds, required_share, precision_track: as in `check`; a reference has its own
+            workload, baseline and track.
+    """
     if not seeds:
         raise UsageError("No seeds were given.", hint="Give at least one, e.g. seeds=(0, 1, 2).")
-    gate = _Gate(workload, candidate, baseline or workload.model, required_share, precision_track)
-    devices = [gate.device] if gate.device.type == "cuda" else []
+    known = reference or Reference(workload, baseline, precision_track=precision_track)
+    gate = _Gate(known, candidate, required_share)
+    devices = [known.device] if known.device.type == "cuda" else []
     # The oracle in fp64 keeps the device busy, and another process may be timing.
     with exclusive(), torch.random.fork_rng(devices):
         gate.probe()
@@ -128,11 +149,9 @@ def verify(
 
 @dataclass
 class _Gate:
-    workload: Workload
+    reference: Reference
     candidate: Callable[..., Any]
-    baseline: Callable[..., Any]
     required_share: float
-    precision_track: PrecisionTrack
     problems: dict[str, None] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
     matches: list[list[tuple[str, LeafMatch]]] = field(default_factory=list)
@@ -144,56 +163,35 @@ class _Gate:
     is_input_sensitive: bool = False
 
     def __post_init__(self) -> None:
-        workload_module = module_of(self.workload.model)
-        self.device = device_of(workload_module, self.workload.args, self.workload.kwargs)
-        baseline_module = module_of(self.baseline) or workload_module
-        self.baseline_state = ModuleState(baseline_module)
-        candidate_module = module_of(self.candidate) or workload_module
-        is_shared = candidate_module is baseline_module
+        known = self.reference
+        self.workload, self.device, self.baseline_state = known.workload, known.device, known.state
+        candidate_module = module_of(self.candidate) or module_of(self.workload.model)
+        is_shared = candidate_module is known.module
         self.candidate_state = self.baseline_state if is_shared else ModuleState(candidate_module)
-        self.oracle: Oracle | None = None
-        if self.precision_track == "exact":
-            self.oracle, note = build_oracle(workload_module or self.workload.model, self.device)
-            if note:
-                self.notes[note] = None
-        self.least_rtol = _least_rtol(workload_module, self.workload, self.precision_track)
-        self.rtols: list[float] = []
+        # An earlier check may have limited it to what its candidate wrote.
+        self.baseline_state.limit_to(None)
+        self.least_rtol = known.least_rtol
         self.written_names: set[str] = set()
         self.last_found: Call | None = None
-        self.may_overwrite: set[str] = set()
 
     def probe(self) -> None:
-        """Run the baseline on inputs that are in no comparison: sizes to poison, and whether inputs matter at all."""
+        """Make sure that the baseline runs, and that nobody has replaced what the check stands on."""
         for name in put_back_functions():
             self.problems[f"{name} was replaced before the check"] = None
-        self.probe_inputs = redraw(self.workload, _PROBE_SEED)
-        try:
-            self.probe_call = run_call(self.baseline, shifted_copy(self.probe_inputs), self.baseline_state)
-            again = run_call(self.baseline, shifted_copy(self.probe_inputs), self.baseline_state)
-        except Exception as error:
-            raise UsageError(
-                f"The baseline raised on the inputs of workload {self.workload.name!r}: {_first_line(error)}.",
-                hint="Run the model once on these inputs and mend that first.",
-            ) from error
-        self.last_wanted = self.probe_call
-        self.rtols = leaf_rtols(self.probe_call.values, self.least_rtol)
-        pairs = zip(tensors(self.probe_call.values), tensors(again.values), strict=True)
-        if not all(a.shape == b.shape and same_values(a, b) for (_, a), (_, b) in pairs):
-            self.notes["the baseline differs from itself on equal inputs"] = None
+        self.probe_call = self.reference.probe()
 
     def run(self, seed: int) -> bool:
         """Compare both on the inputs of one seed; False when there is no point in going on."""
         inputs = redraw(self.workload, seed)
-        candidate_inputs, baseline_inputs = shifted_copy(inputs), shifted_copy(inputs)
         versions = self.candidate_state.parameter_versions()
         num_threads = torch.get_num_threads()
         _poison(self.probe_call)
         torch.manual_seed(seed)
         try:
-            found = run_call(self.candidate, candidate_inputs, self.candidate_state)
+            found = run_call(self.candidate, shifted_copy(inputs), self.candidate_state)
             synchronize(self.device)
         except Exception as error:
-            self.problems[f"the candidate raised {_first_line(error)}"] = None
+            self.problems[f"the candidate raised {first_line(error)}"] = None
             self.is_runnable = False
             return False
         finally:
@@ -205,57 +203,43 @@ class _Gate:
             self.problems["the candidate changed torch's number of threads"] = None
             torch.set_num_threads(num_threads)
         self._hold_last_output(found)
-        torch.manual_seed(seed)
-        wanted = run_call(self.baseline, baseline_inputs, self.baseline_state)
-        self.may_overwrite |= set(overwritten_outputs(self.last_wanted))
-        self.last_wanted = wanted
-        self.written_names |= set(found.state_after) | set(wanted.state_after)
-        self._compare(seed, inputs, found, wanted)
+        answer = self.reference.answer(seed, inputs)
+        self.written_names |= set(found.state_after) | set(answer.wanted.state_after)
+        self._compare(seed, inputs, found, answer)
         return True
 
     def _hold_last_output(self, found: Call) -> None:
         """Look at what the call before returned: a caller that kept it must still hold it."""
         if self.last_found is not None:
             for name in overwritten_outputs(self.last_found):
-                if name not in self.may_overwrite:
+                if name not in self.reference.may_overwrite:
                     self.problems[f"{name} of one call is overwritten by the next"] = None
         self.last_found = found
 
-    def _compare(self, seed: int, inputs: Inputs, found: Call, wanted: Call) -> None:
+    def _compare(self, seed: int, inputs: Inputs, found: Call, answer: Answer) -> None:
+        wanted = answer.wanted
         self.candidate_prints[seed] = fingerprint(found.values)
-        self.baseline_prints[seed] = fingerprint(wanted.values)
-        self.is_input_sensitive |= self._depends_on_inputs(inputs, wanted)
+        self.baseline_prints[seed] = answer.prints
+        self.is_input_sensitive |= self.reference.depends_on_inputs(inputs, wanted)
         differences = layout_problems(found, wanted)
         self.problems.update(dict.fromkeys(differences))
         if not _are_comparable(found, wanted):
-            self._compare_effects(inputs, found, wanted)
+            self._compare_effects(inputs, found, answer)
             self.matches.append([("", LeafMatch(0.0, self.required_share, 0, 0.0))])
             return
-        oracle_leaves = self._oracle_leaves(inputs, wanted)
-        self._compare_effects(inputs, found, wanted)
+        self._compare_effects(inputs, found, answer)
         matches = []
         for index, (layout, out, ref) in enumerate(zip(found.layouts, found.values, wanted.values, strict=True)):
             if isinstance(ref, torch.Tensor):
-                truth = oracle_leaves[index] if oracle_leaves is not None else None
+                truth = answer.truths[index] if answer.truths is not None else None
                 rtol = max(rtol_of(ref.dtype), self.least_rtol)
                 leaf = match(out, ref, truth, rtol=rtol, required_share=self.required_share)
                 matches.append((f"output{layout.path}", leaf))
         self.matches.append(matches)
         self._compare_top1(found, wanted)
 
-    def _depends_on_inputs(self, inputs: Inputs, wanted: Call) -> bool:
-        """True unless the inputs differ from the probe's and every floating output is bit for bit the same."""
-        given = list(zip(tensors(inputs), tensors(self.probe_inputs), strict=True))
-        if all(a.shape == b.shape and same_values(a, b) for (_, a), (_, b) in given):
-            return True
-        floats = [
-            (a, b)
-            for a, b in zip(wanted.values, self.probe_call.values, strict=False)
-            if isinstance(a, torch.Tensor) and a.is_floating_point() and isinstance(b, torch.Tensor)
-        ]
-        return not floats or any(a.shape != b.shape or not same_values(a, b) for a, b in floats)
-
-    def _compare_effects(self, inputs: Inputs, found: Call, wanted: Call) -> None:
+    def _compare_effects(self, inputs: Inputs, found: Call, answer: Answer) -> None:
+        wanted = answer.wanted
         originals = tensors(inputs)
         have, want = tensors(found.inputs_after), tensors(wanted.inputs_after)
         for (path, before), (_, after), (_, after_baseline) in zip(originals, have, want, strict=True):
@@ -267,7 +251,7 @@ class _Gate:
         for name in sorted(set(found.state_after) | set(wanted.state_after)):
             before, after_baseline = wanted.state_after.get(name) or (found.state_after[name][0],) * 2
             _, after = found.state_after.get(name) or (before, before)
-            truth = self.oracle.state(name) if self.oracle is not None else None
+            truth = answer.true_state.get(name)
             entry = written_part(name, before, after, after_baseline, truth)
             if entry is None:
                 self._add_state_problem(name)
@@ -291,35 +275,14 @@ class _Gate:
         if not strays:
             return
         try:
-            masks = written_elements(self.baseline, shifted_copy(inputs), self.baseline_state, strays)
+            masks = written_elements(self.reference.baseline, shifted_copy(inputs), self.baseline_state, strays)
         except Exception as error:
-            self.notes[f"the baseline does not run on nudged state: {_first_line(error)}"] = None
+            self.notes[f"the baseline does not run on nudged state: {first_line(error)}"] = None
             masks = {}
         for name, is_stray in strays.items():
             num_strays = int((is_stray & ~masks[name] if name in masks else is_stray).sum())
             if num_strays:
                 self._add_state_problem(name, f": {num_strays} elements that it does not write")
-
-    def _oracle_leaves(self, inputs: Inputs, wanted: Call) -> list[Any] | None:
-        if self.oracle is None:
-            return None
-        try:
-            found = [leaf for _, leaf in leaves(self.oracle(shifted_copy(inputs)))]
-        except Exception as error:
-            return self._drop_oracle(oracle_failure(error))
-        if [getattr(leaf, "shape", None) for leaf in found] != [getattr(v, "shape", None) for v in wanted.values]:
-            return self._drop_oracle("no fp64 oracle: the double-precision copy gives another structure")
-        for truth, ref in zip(found, wanted.values, strict=True):
-            if isinstance(ref, torch.Tensor) and ref.is_floating_point():
-                leaf = match(ref, ref, truth, rtol=1.0, required_share=self.required_share)
-                if leaf.baseline_error is not None and not leaf.baseline_error <= _ORACLE_NONSENSE:
-                    return self._drop_oracle("no fp64 oracle: the double-precision copy computes something else")
-        return found
-
-    def _drop_oracle(self, note: str) -> list[Any] | None:
-        self.oracle = None
-        self.notes[note] = None
-        return None
 
     def _compare_top1(self, found: Call, wanted: Call) -> None:
         if self.workload.phase is None:
@@ -377,7 +340,7 @@ class _Gate:
         )
         error, baseline_error, ratio = self._errors()
         problems = list(self.problems) + self._value_problems()
-        if self.precision_track == "exact" and error is not None and baseline_error is not None:
+        if self.reference.precision_track == "exact" and error is not None and baseline_error is not None:
             limit = MAX_ERROR_RATIO * baseline_error + _ORACLE_SLACK
             if error > limit:
                 problems.append(f"the error against fp64 is {error:.3g}, the baseline's {baseline_error:.3g} (at most "
@@ -392,7 +355,7 @@ class _Gate:
             is_equivalent=not problems,
             match_share=worst.share if worst else 0.0 if not self.is_runnable else 1.0,
             required_share=worst.required_share if worst else self.required_share,
-            rtol=max([*self.rtols, self.least_rtol]) or RTOL[torch.float64],
+            rtol=max([*self.reference.rtols, self.least_rtol]) or RTOL[torch.float64],
             num_seeds=len(self.matches),
             num_elements=sum(leaf.num_elements for matches in self.matches for _, leaf in matches),
             max_abs_error=max((leaf.max_abs_error for m in self.matches for _, leaf in m), default=None),
@@ -402,10 +365,10 @@ class _Gate:
             top1_agreement=self.top1_agreement,
             are_inputs_unchanged=self.are_inputs_unchanged,
             problems=tuple(problems),
-            oracle_note="; ".join(self.notes) or None,
+            oracle_note="; ".join({**self.reference.notes, **self.notes}) or None,
         )
         return Verified(
-            equivalence, self.is_runnable, self.candidate_prints, self.baseline_prints, self.rtols,
+            equivalence, self.is_runnable, self.candidate_prints, self.baseline_prints, self.reference.rtols,
             self.candidate_state, self.baseline_state,
         )  # fmt: skip
 
@@ -416,18 +379,6 @@ def _are_comparable(found: Call, wanted: Call) -> bool:
     return have == [(layout.path, layout.type_name, layout.shape, layout.dtype) for layout in wanted.layouts]
 
 
-def _least_rtol(module: torch.nn.Module | None, workload: Workload, track: PrecisionTrack) -> float:
-    """Tolerance of the dtype that most weights (or inputs) have: fp32 logits of a bf16 model are bf16 results."""
-    if track == "relaxed":
-        return RELAXED_RTOL
-    counts: Counter[torch.dtype] = Counter()
-    weights: list[torch.Tensor] = list(module.parameters()) if module is not None else []
-    for tensor in weights or [leaf for _, leaf in tensors((workload.args, dict(workload.kwargs)))]:
-        if tensor.is_floating_point():
-            counts[tensor.dtype] += tensor.numel()
-    return rtol_of(counts.most_common(1)[0][0]) if counts else 0.0
-
-
 def _poison(call: Call) -> None:
     """Fill and free blocks of the outputs' sizes: a candidate that reads what it never wrote then reads NaN."""
     blocks = []
@@ -436,8 +387,3 @@ def _poison(call: Call) -> None:
             poison = float("nan") if value.is_floating_point() else True if value.dtype == torch.bool else 113
             blocks += [torch.full_like(value, poison) for _ in range(2)]
     blocks.clear()
-
-
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0][:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
+
 import torch
 
 from agnitra_lab.benchmark.tree import map_tensors
@@ -9,6 +12,8 @@ from agnitra_lab.contracts.workload import Inputs, Workload
 
 # Additive attention masks hold such values for "never look here"; normal values of that size would overflow.
 _MASK_MAGNITUDE = 1e4
+_FIRST_FRESH_SEED = 1_000_003
+_NUM_KEPT = 3
 
 
 def redraw(workload: Workload, seed: int) -> Inputs:
@@ -34,6 +39,54 @@ def redraw(workload: Workload, seed: int) -> Inputs:
 
     with torch.no_grad():
         return map_tensors((tuple(workload.args), dict(workload.kwargs)), draw)
+
+
+class FreshInputs:
+    """The inputs of one round of calls after the other, no two alike, so that no call can answer from memory.
+
+    The first rounds have the seeds that the check had, later ones seeds of their own. Where drawing takes longer than
+    it may, the rounds go on with the last few in turn.
+    """
+
+    def __init__(
+        self, workload: Workload, seeds: tuple[int, ...], *, draw_budget_s: float, is_fresh: bool = True
+    ) -> None:
+        """Make a stream.
+
+        Args:
+            workload: whose inputs are redrawn.
+            seeds: of the check, at least one.
+            draw_budget_s: time for drawing beyond `seeds`.
+            is_fresh: False keeps to `seeds`.
+        """
+        self._workload = workload
+        self._seeds = seeds
+        self._left_s = draw_budget_s if is_fresh else 0.0
+        self._kept: deque[tuple[int, Inputs]] = deque(maxlen=max(len(seeds), _NUM_KEPT))
+        self._seed_of_round: list[int] = []
+
+    def __call__(self, index: int) -> Inputs:
+        """Return a copy of the inputs of a round: this one, the one before it, or the next."""
+        while len(self._seed_of_round) <= index:
+            self._add_round()
+        wanted = self._seed_of_round[index]
+        return shifted_copy(next(inputs for seed, inputs in self._kept if seed == wanted))
+
+    def seed(self, index: int) -> int:
+        """Return the seed of a round that was asked for."""
+        return self._seed_of_round[index]
+
+    def _add_round(self) -> None:
+        index = len(self._seed_of_round)
+        if index >= len(self._seeds) and self._left_s <= 0.0:
+            self._kept.rotate(-1)
+            self._seed_of_round.append(self._kept[-1][0])
+            return
+        seed = self._seeds[index] if index < len(self._seeds) else _FIRST_FRESH_SEED + index
+        started_s = time.perf_counter()
+        self._kept.append((seed, redraw(self._workload, seed)))
+        self._left_s -= time.perf_counter() - started_s if index >= len(self._seeds) else 0.0
+        self._seed_of_round.append(seed)
 
 
 def shifted_copy(inputs: Inputs) -> Inputs:

@@ -20,8 +20,8 @@ class ModuleState:
         self._numbers = [(owner, dict(_plain_numbers(owner))) for owner in (module.modules() if module else ())]
         self._written: set[str] | None = None
 
-    def limit_to(self, names: set[str]) -> None:
-        """Restore only these tensors from now on: what no call writes need not be copied before each call."""
+    def limit_to(self, names: set[str] | None) -> None:
+        """Restore only these tensors from now on, None for all: what no call writes need not be looked at each time."""
         self._written = names
 
     def restore(self) -> None:

@@ -21,7 +21,6 @@ from agnitra_lab.device.graphs import capture
 from agnitra_lab.device.info import synchronize
 
 Side = Literal["baseline", "candidate"]
-_NUM_INPUT_SETS = 3
 _MIN_WARM_CALLS, _WARM_SHARE = 2, 0.15
 # Past this many budgets (and this many seconds) a loop of very long calls ends with half of the pairs.
 _MAX_OVERRUN, _MIN_OVERRUN_S = 3.0, 20.0
@@ -42,7 +41,7 @@ class PairTimings:
         baseline_ms, candidate_ms: host wall time, device idle to device idle, in ms, in the order of the calls; so the
             baseline's element i and i + 1 are its own noise (A/A).
         baseline_device_ms, candidate_device_ms: device spans in ms, None on a CPU.
-        prints: (side, input set, fingerprint of that call's output) of timed calls.
+        prints: (side, round, fingerprint of that call's output) of every call.
     """
 
     baseline_ms: np.ndarray
@@ -59,7 +58,7 @@ class GroupTimings:
     Attributes:
         wall_ms: side -> host wall times, device idle to device idle, in ms.
         device_ms: side -> device spans in ms, empty on a CPU.
-        prints: (side, input set, fingerprint of that call's output) of every call.
+        prints: (side, round, fingerprint of that call's output) of every call.
     """
 
     wall_ms: dict[str, np.ndarray]
@@ -76,7 +75,6 @@ def time_pair(
     budget_s: float,
     min_pairs: int = 12,
     max_pairs: int = 200,
-    num_input_sets: int = _NUM_INPUT_SETS,
     reset: Callable[[Side], None] | None = None,
 ) -> PairTimings:
     """Time two callables against each other, A/B/B/A then B/A/A/B: `time_group` of two sides.
@@ -84,14 +82,14 @@ def time_pair(
     Args:
         baseline: callable A.
         candidate: callable B.
-        make_args, device, budget_s, num_input_sets, reset: as in `time_group`.
+        make_args, device, budget_s, reset: as in `time_group`.
         min_pairs: pairs to take at least, as `min_rounds` there.
         max_pairs: pairs to take at most.
     """
     sides: dict[str, Callable[..., Any]] = {"baseline": baseline, "candidate": candidate}
     timed = time_group(
         sides, make_args, device=device, budget_s=budget_s, min_rounds=min_pairs, max_rounds=max_pairs,
-        num_input_sets=num_input_sets, reset=cast("Callable[[str], None] | None", reset),
+        reset=cast("Callable[[str], None] | None", reset),
     )  # fmt: skip
     return PairTimings(
         timed.wall_ms["baseline"], timed.wall_ms["candidate"],
@@ -108,7 +106,6 @@ def time_group(
     budget_s: float,
     min_rounds: int = 12,
     max_rounds: int = 200,
-    num_input_sets: int = _NUM_INPUT_SETS,
     reset: Callable[[str], None] | None = None,
 ) -> GroupTimings:
     """Time callables against each other in rounds: each once a round, in an order that favours none.
@@ -119,16 +116,16 @@ def time_group(
 
     Args:
         sides: name -> callable.
-        make_args: input set number -> a fresh copy of its inputs; earlier copies stay alive, so that addresses move.
+        make_args: number of the round -> a new copy of its inputs, the same values for all sides; the numbers rise
+            from the first call that warms up. Earlier copies stay alive, so that addresses move.
         device: where they run.
         budget_s: time for the whole loop; `min_rounds` are taken even if that takes longer, half of them once it has
             taken three times the budget and 20 s.
         min_rounds: rounds, and so samples a side, to take at least.
         max_rounds: rounds to take at most; they come in twos.
-        num_input_sets: how many input sets rotate.
         reset: called with the side before each call, to restore what the call before it wrote.
     """
-    bench = _Bench(dict(sides), make_args, torch.device(device), num_input_sets, reset)
+    bench = _Bench(dict(sides), make_args, torch.device(device), reset)
     with exclusive():
         started_s = time.perf_counter()
         call_s = bench.warm(budget_s * _WARM_SHARE)
@@ -142,7 +139,8 @@ def time_group(
             for turn in range(max(max_rounds // 2, 1)):
                 for index in (2 * turn, 2 * turn + 1):
                     for side in _order(names, index):
-                        times[side].append(bench.time_once(side, turn % num_input_sets))
+                        times[side].append(bench.time_once(side))
+                    bench.round += 1
                 elapsed_s = time.perf_counter() - started_s
                 is_overrun = time.perf_counter() - loop_started_s > max(_MAX_OVERRUN * budget_s, _MIN_OVERRUN_S)
                 needed = min_rounds // 2 if is_overrun else min_rounds
@@ -202,17 +200,17 @@ class _Bench:
     sides: dict[str, Callable[..., Any]]
     make_args: Callable[[int], Inputs]
     device: torch.device
-    num_input_sets: int
     reset: Callable[[str], None] | None
     cold: Callable[[], None] | None = None
+    round: int = 0
     prints: list[tuple[str, int, list[torch.Tensor]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # While two earlier copies live, the next one cannot take their addresses.
         self._alive: deque[Inputs] = deque(maxlen=2)
 
-    def _prepare(self, side: str, input_set: int) -> Inputs:
-        inputs = self.make_args(input_set)
+    def _prepare(self, side: str) -> Inputs:
+        inputs = self.make_args(self.round)
         self._alive.append(inputs)
         if self.reset is not None:
             self.reset(side)
@@ -221,15 +219,15 @@ class _Bench:
         _wait(self.device)
         return inputs
 
-    def time_once(self, side: str, input_set: int) -> float:
-        args, kwargs = self._prepare(side, input_set)
+    def time_once(self, side: str) -> float:
+        args, kwargs = self._prepare(side)
         function = self.sides[side]
         with torch.no_grad():
             started_ns = _clock_ns()
             output = function(*args, **kwargs)
             _wait(self.device)
             elapsed_ns = _clock_ns() - started_ns
-        self.prints.append((side, input_set, fingerprint(output)))
+        self.prints.append((side, self.round, fingerprint(output)))
         return elapsed_ns / 1e6
 
     def warm(self, budget_s: float) -> float:
@@ -239,7 +237,8 @@ class _Bench:
         num_rounds = 0
         while num_rounds < _MIN_WARM_CALLS or (time.perf_counter() - started_s < budget_s and num_rounds < 50):
             for side in self.sides:
-                last_ms[side] = self.time_once(side, num_rounds % self.num_input_sets)
+                last_ms[side] = self.time_once(side)
+            self.round += 1
             num_rounds += 1
         return max(last_ms.values()) / 1e3
 
@@ -250,10 +249,11 @@ class _Bench:
         deadline_s = time.perf_counter() + budget_s
         for repeat in range(_MAX_DEVICE_SPANS):
             for side, function in self.sides.items():
-                args, kwargs = self._prepare(side, repeat % self.num_input_sets)
+                args, kwargs = self._prepare(side)
                 torch.cuda._sleep(spin_cycles)
                 with torch.no_grad():
                     spans[side].append(_span_ms(lambda f=function, a=args, k=kwargs: f(*a, **k)))  # type: ignore[misc]
+            self.round += 1
             if repeat + 1 >= 3 and time.perf_counter() > deadline_s:
                 break
         return {side: np.asarray(values) for side, values in spans.items()}

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Ratio
 
+# Two first measurements share no moment in time: what clocks drift in between is left as a margin.
+_CLEAR_LEAD = 1.1
+
 
 def judge(name: str, comparison: Comparison, compile_s: float | None) -> CandidateResult:
     """Turn a comparison with the baseline into a row of the candidate table; "kept" here means eligible."""
@@ -26,6 +29,13 @@ def ranking(results: Sequence[CandidateResult]) -> list[CandidateResult]:
     """Return the eligible results, largest speed-up first."""
     eligible = [result for result in results if result.status == "kept" and result.comparison is not None]
     return sorted(eligible, key=_speedup, reverse=True)
+
+
+def is_clear(first: CandidateResult, second: CandidateResult) -> bool:
+    """Say whether one eligible result leads by so much that no other moment in time would turn the order around."""
+    if first.comparison is None or second.comparison is None:
+        return False
+    return first.comparison.speedup.low > _CLEAR_LEAD * second.comparison.speedup.high
 
 
 def pass_over(

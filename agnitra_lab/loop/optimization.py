@@ -10,6 +10,7 @@ import torch
 
 from agnitra_lab.benchmark import compare as comparing
 from agnitra_lab.benchmark import winner as contest
+from agnitra_lab.benchmark.reference import Reference
 from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.events import Event, EventName
@@ -68,6 +69,7 @@ class Optimization:
         candidates.check_name(settings.only, self.device.type)
         self.device_info: DeviceInfo = info.describe(self.device)
         self.run: Run = store.create("optimize", workload.name)
+        self.reference = Reference(workload)
         self.telemetry: Telemetry
         self.profile_of_workload = WorkloadProfile(workload_type=WorkloadType.UNKNOWN, patterns=(), confidence=0.0)
         self.proposal: Proposal
@@ -319,7 +321,7 @@ class Optimization:
         does_less = any(change.action in _DOES_LESS_WORK for change in patch.log().descriptors)
         return comparing.compare(
             self.workload, patch.model, candidate_name=name, budget_s=budget_s, peaks=self.peaks,
-            floor_ms=None if does_less else self._floor_ms(),
+            floor_ms=None if does_less else self._floor_ms(), reference=self.reference,
         )  # fmt: skip
 
     def _judge(self, name: str, patch: Patch, budget_s: float) -> CandidateResult:
@@ -338,7 +340,7 @@ class Optimization:
         """
         ranked = contest.ranking(self.results)
         final = None
-        if len(ranked) > 1:
+        if len(ranked) > 1 and not contest.is_clear(ranked[0], ranked[1]):
             final = self._head_to_head(ranked[0].name, ranked[1].name)
             if final.verdict == "slower":
                 ranked[0] = ranked[1]

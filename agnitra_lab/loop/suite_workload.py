@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from agnitra_lab.benchmark import stats
-from agnitra_lab.benchmark.compare import timed_problems, with_problems
+from agnitra_lab.benchmark.compare import DRAW_SHARE, timed_problems, with_problems
 from agnitra_lab.benchmark.equivalence import Verified, verify
-from agnitra_lab.benchmark.inputs import redraw, shifted_copy
+from agnitra_lab.benchmark.inputs import FreshInputs
+from agnitra_lab.benchmark.reference import Reference
 from agnitra_lab.benchmark.state import ModuleState, module_of
 from agnitra_lab.benchmark.timing import GroupTimings, time_group
 from agnitra_lab.contracts.measurement import Ratio
@@ -75,6 +76,8 @@ class _Contest:
         self.facts: dict[str, Any] = {}
         self.verified: dict[str, Verified] = {}
         self.timings: GroupTimings
+        self.inputs: FreshInputs
+        self.reference = Reference(workload)
         self.num_misses_before = 0
 
     def compile_baselines(self) -> None:
@@ -130,18 +133,21 @@ class _Contest:
     def _verify(self, name: str) -> None:
         call = self.sides[name].call
         if call is not None:
-            self.verified[name] = verify(self.workload, call, seeds=_SEEDS)
+            self.verified[name] = verify(self.workload, call, seeds=_SEEDS, reference=self.reference)
             baselines.release_memory()
 
     def time(self) -> None:
         calls = {name: side.call for name, side in self.sides.items() if side.call is not None and self._runs(name)}
         if OURS in calls:
             calls[_OURS_AGAIN] = calls[OURS]
-        input_sets = [redraw(self.workload, seed) for seed in _SEEDS]
+        is_fresh = OURS in self.verified and self.verified[OURS].agrees_by_prints
+        self.inputs = FreshInputs(
+            self.workload, _SEEDS, draw_budget_s=DRAW_SHARE * self.given.timing_s, is_fresh=is_fresh
+        )
         state = self.verified[OURS].baseline_state if OURS in self.verified else self.state
         self.timings = time_group(
-            calls, lambda index: shifted_copy(input_sets[index]), device=self.device, budget_s=self.given.timing_s,
-            min_rounds=_MIN_ROUNDS, num_input_sets=len(input_sets), reset=lambda side: state.restore(),
+            calls, self.inputs, device=self.device, budget_s=self.given.timing_s, min_rounds=_MIN_ROUNDS,
+            reset=lambda side: state.restore(),
         )  # fmt: skip
         state.restore()
 
@@ -191,8 +197,8 @@ class _Contest:
         equivalence, error = None, side.error
         if checked is not None:
             mine = (name, _OURS_AGAIN) if name == OURS else (name,)
-            prints = [(inputs, printed) for who, inputs, printed in self.timings.prints if who in mine]
-            equivalence = with_problems(checked.equivalence, timed_problems(checked, prints, _SEEDS))
+            problems = timed_problems(checked, self.timings.prints, self.inputs, mine, baselines.EAGER)
+            equivalence = with_problems(checked.equivalence, problems)
             error = error if checked.is_runnable else "; ".join(equivalence.problems)
         wall_ms = self.timings.wall_ms.get(name)
         return SuiteSide(

@@ -265,6 +265,22 @@ def test_answers_kept_for_the_known_seeds_fail_on_any_other_seed() -> None:
     assert not check(WORKLOAD, candidate, seeds=(3, 4, 5)).is_equivalent
 
 
+def test_answers_remembered_by_value_are_not_met_again_while_the_clock_runs() -> None:
+    remembered: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hits: list[bool] = []
+
+    def candidate(x: torch.Tensor) -> torch.Tensor:
+        known = next((out for given, out in remembered if torch.equal(given, x)), None)
+        hits.append(known is not None)
+        remembered.append((x.clone(), MODEL(x).detach()))
+        return remembered[-1][1].clone()
+
+    found = compare(WORKLOAD, candidate, candidate_name="memo", budget_s=1.0)
+    timed = hits[-found.candidate_latency.num_samples :]
+    # The seeds of the check come back while the calls warm up, one of them at most once the clock runs.
+    assert sum(timed) <= 1 < len(timed)
+
+
 # Precision
 
 

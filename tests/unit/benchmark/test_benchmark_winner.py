@@ -1,6 +1,6 @@
 """Which candidate is kept, and what the table says of the others."""
 
-from agnitra_lab.benchmark.winner import judge, pass_over, ranking
+from agnitra_lab.benchmark.winner import is_clear, judge, pass_over, ranking
 from agnitra_lab.contracts.measurement import Comparison, Equivalence, Latency, Ratio
 
 EQUAL = Equivalence(
@@ -47,3 +47,9 @@ def test_the_loser_of_the_final_is_rejected_with_what_was_measured() -> None:
 def test_without_a_winner_nothing_changes() -> None:
     rows = [judge("x", comparison("slower", 0.8), None)]
     assert pass_over(rows, None, None) == rows
+
+
+def test_a_lead_is_clear_only_beyond_both_intervals_and_a_margin() -> None:
+    first, near, far = (judge(f"{speedup}", comparison("faster", speedup), 1.0) for speedup in (1.5, 1.35, 1.2))
+    assert is_clear(first, far)
+    assert not is_clear(first, near)
