@@ -53,6 +53,20 @@ class Payback(Contract):
     """A call."""
 
 
+class Region(Contract):
+    """One part of the model, equal parts of numbered layers as one: its time before and after."""
+
+    place: str
+    """Module path with "*" for the numbers of layers; else the owner of the time."""
+    baseline_ms: NonNegative
+    """Self time on the device (on a CPU: of the host), of one call."""
+    candidate_ms: NonNegative
+    limit_ms: NonNegative | None = None
+    """Least time for this work: its FLOPs at the matrix peak, or one read of its weights; None where not known."""
+    changes: tuple[str, ...] = ()
+    """Actions that changed the graph there."""
+
+
 class Report(Contract):
     """A finished run, as the report card, the HTML file and the JSON export show it."""
 
@@ -80,4 +94,6 @@ class Report(Contract):
     """The winner against the best plain torch.compile mode, head to head, when the winner is not one itself."""
     payback: Payback | None = None
     """None when nothing was kept."""
+    regions: tuple[Region, ...] = ()
+    """Empty when nothing was kept."""
     schema_version: str = "agnitra.report.v1"

@@ -12,7 +12,7 @@ from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.graph import WorkloadProfile
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
 from agnitra_lab.contracts.patch import PatchLog
-from agnitra_lab.contracts.report import AgentNotes, Checkpoint, Payback, Report
+from agnitra_lab.contracts.report import AgentNotes, Checkpoint, Payback, Region, Report
 from agnitra_lab.contracts.run import Budget, Kind, Meta
 from agnitra_lab.contracts.search import SearchResult
 from agnitra_lab.contracts.suggestion import Proposal
@@ -41,6 +41,7 @@ def build_report(
     log: PatchLog | None,
     checkpoints: Sequence[Checkpoint],
     against_best: Comparison | None,
+    regions: Sequence[Region] = (),
 ) -> Report:
     """Put everything that a report card shows into one record."""
     return Report(
@@ -64,6 +65,7 @@ def build_report(
         price_per_gpu_hour=float(settings.price_per_gpu_hour),
         against_best=against_best,
         payback=_payback(comparison, checkpoints) if winner != comparison.baseline else None,
+        regions=tuple(regions),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from agnitra_lab.contracts.events import Event, EventName
 from agnitra_lab.contracts.graph import WorkloadProfile, WorkloadType
 from agnitra_lab.contracts.kernel import Kernel, Site
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
-from agnitra_lab.contracts.report import Checkpoint, StageName
+from agnitra_lab.contracts.report import Checkpoint, Region, StageName
 from agnitra_lab.contracts.run import Kind, Meta
 from agnitra_lab.contracts.search import KernelConfig, SearchResult
 from agnitra_lab.contracts.suggestion import Proposal
@@ -35,6 +36,7 @@ from agnitra_lab.loop import filing, preflight
 from agnitra_lab.loop.chooser import Chooser
 from agnitra_lab.loop.kernel_lab import KernelLab
 from agnitra_lab.loop.refinement import Refinement
+from agnitra_lab.loop.regions import regions
 from agnitra_lab.loop.result import Result
 from agnitra_lab.loop.settings import Settings
 from agnitra_lab.patch import candidates
@@ -52,6 +54,7 @@ Progress = Callable[[Checkpoint], None]
 # The FLOPs of the original graph are no floor for a candidate that provably needs fewer.
 _DOES_LESS_WORK = frozenset({"linear_algebra", "last_token_head", "attention_by_hand", "sdpa_backend"})
 _PRODUCTS_OF_A_SPLIT = 3
+_EXPLAINED_CALLS = 3
 
 
 class Optimization:
@@ -220,6 +223,7 @@ class Optimization:
     def report(self) -> Result:
         """Write the report card, the JSON artifacts and the usage event, and finish the run."""
         started = time.monotonic()
+        explained = self._explain()
         self._file_certificate()
         self.close()
         self._checkpoint("report", f"run {self.run.run_id}", started)
@@ -240,6 +244,7 @@ class Optimization:
             log=winner.log() if winner else None,
             checkpoints=self.checkpoints,
             against_best=self.against_best,
+            regions=explained,
         )
         self.run.write_json("reports", "usage_event.json", finished.usage)
         self.run.write_json("reports", "report.json", finished)
@@ -392,6 +397,30 @@ class Optimization:
             )
         honest = [comparison for comparison in compared if comparison.verdict != "not_equivalent"]
         return max(honest or compared, key=lambda comparison: comparison.speedup.median)
+
+    def _explain(self) -> tuple[Region, ...]:
+        """Profile what was installed and hold it against the first profile, region by region."""
+        winner = self.patches.get(self.winner_name)
+        if winner is None or not self.settings.is_explained:
+            return ()
+        args, kwargs = self.workload.args, self.workload.kwargs
+
+        def call() -> Any:
+            with torch.no_grad():
+                return winner.model(*args, **kwargs)
+
+        try:
+            after = capture.profile(
+                call, name=self.workload.name, repeat=_EXPLAINED_CALLS, num_warmup=1, should_time=False,
+                device_info=self.device_info, reference=self.telemetry,
+            )  # fmt: skip
+        except AgnitraError as error:
+            warnings.warn(f"The report has no times by region: {error.message}", stacklevel=2)
+            return ()
+        finally:
+            self.reference.state.restore()
+        after.save(self.run.directory("profiles") / "after")
+        return regions(self.workload, self.telemetry, after, winner.log().descriptors, self.peaks)
 
     def _file_certificate(self) -> None:
         self.run.write_json("certs", "equivalence.json", self.comparison.equivalence)

@@ -25,6 +25,7 @@ class Settings:
         timing_s: seconds of interleaved timing a candidate.
         seed: of every random choice.
         tokens_processed: volume that the usage event accounts for, in the workload's items.
+        is_explained: profile what was installed too, for the report's times by part of the model.
         only: name of the one candidate to build; None for all.
         artifacts: folder of the runs.
         command: the line that runs this again, for the record.
@@ -46,6 +47,7 @@ class Settings:
     success_fee_rate: Decimal | str = "0.20"
     is_warm: bool = True
     tuned_folder: Path | None = None
+    is_explained: bool = True
     only: str | None = None
     artifacts: Path | str = "artifacts"
     command: str | None = None

@@ -99,6 +99,7 @@ class _Contest:
             command=given.command,
             timing_s=given.timing_s / 6,
             tuned_folder=given.scratch / "tuned",
+            is_explained=False,
         )
         started_s, waited_before_s = time.monotonic(), waited_s()
         try:

@@ -76,6 +76,7 @@ def card_html(report: Report) -> str:
             tag("p", sections.bottleneck_sentence(report), style="margin:0 0 16px 0"),
             _table(sections.ops_table(report)),
         ),
+        *(_section(_table(table)) for table in sections.region_tables(report)),
         _section(_table(sections.checkpoint_table(report))),
         _section(
             _facts("Agent notes", sections.agent_notes(report)), _table(sections.suggestion_table(report), top=True)
@@ -104,7 +105,9 @@ def card_text(report: Report) -> str:
     ):
         lines += ["", *(f"{label}: {value}." for label, value in facts)]
     lines += ["", sections.bottleneck_sentence(report)]
-    for table in (sections.candidate_table(report), sections.checkpoint_table(report)):
+    for table in (
+        sections.candidate_table(report), *sections.region_tables(report), sections.checkpoint_table(report)
+    ):  # fmt: skip
         lines += ["", f"{table.caption}:"]
         lines += [", ".join(cell.rstrip(".") for cell in row if cell) + "." for row in table.rows]
     return "\n".join(numbers.plain_text(line) for line in lines) + "\n"

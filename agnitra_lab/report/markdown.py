@@ -26,6 +26,7 @@ def to_markdown(report: Report) -> str:
         _facts("What backs this verdict", sections.proof_facts(report)),
         f"## Bottleneck\n\n{_escape(sections.bottleneck_sentence(report))}",
         _table(sections.ops_table(report)),
+        *(_table(table) for table in sections.region_tables(report)),
         _table(sections.checkpoint_table(report)),
         _facts("Agent notes", sections.agent_notes(report)),
         _table(sections.suggestion_table(report)),

@@ -78,6 +78,7 @@ def _main(report: Report) -> Html:
             tag("p", sections.bottleneck_sentence(report), class_="lead"),
             _table(sections.ops_table(report)),
         ),
+        *(_panel(_table(table)) for table in sections.region_tables(report)),
         _panel(_table(sections.checkpoint_table(report))),
         _panel(_table(sections.suggestion_table(report))),
         _panel(_table(sections.patch_table(report))),

@@ -13,6 +13,7 @@ from agnitra_lab.report.metrics import is_faster, price_per_hour
 
 MAX_OPS = 6
 MAX_DESCRIPTORS = 8
+MAX_REGIONS = 10
 VERDICT_WORDS = {
     "faster": "Faster",
     "no_change": "No change",
@@ -192,6 +193,38 @@ def patch_table(report: Report) -> Table:
         note=" ".join(notes) or None,
         widths=(29, 15, 23, 33),
     )
+
+
+def region_tables(report: Report) -> tuple[Table, ...]:
+    """Each part of the model before and after, as one table; no table when nothing was kept or profiled."""
+    if not report.regions:
+        return ()
+    rows = tuple(
+        (
+            region.place,
+            numbers.milliseconds(region.baseline_ms),
+            numbers.milliseconds(region.candidate_ms),
+            numbers.times(region.baseline_ms / region.candidate_ms) if region.candidate_ms else "",
+            numbers.share(min(region.limit_ms / region.candidate_ms, 1.0))
+            if region.limit_ms and region.candidate_ms
+            else "",
+            ", ".join(region.changes),
+        )
+        for region in report.regions[:MAX_REGIONS]
+    )
+    hidden = len(report.regions) - len(rows)
+    note = (
+        "Of the limit: the work's FLOPs at the matrix peak, or one read of its weights, over the time after."
+    )
+    table = Table(
+        "Where the time went, before and after",
+        ("Part", "Before", "After", "Speed-up", "Of the limit", "What changed there"),
+        rows,
+        frozenset({1, 2, 3, 4}),
+        note=f"{note} {hidden} more parts are in the JSON." if hidden > 0 else note,
+        widths=(30, 12, 12, 10, 11, 25),
+    )
+    return (table,)
 
 
 def agent_notes(report: Report) -> Facts:
