@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _BEHAVIOUR = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
+# What these compute depends on no attribute but their parameters and children.
+_WITHOUT_SETTINGS = (nn.Linear, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _versions = attrgetter("_version")
 
 
@@ -73,10 +75,17 @@ class Liveness:
         self._tensor_slots = [
             (table, name) for table in attributes for name, value in table.items() if isinstance(value, Tensor)
         ]
-        self._readers = [reader for reader in map(_plain_reader, attributes) if reader is not None]
+        # A method put on an instance is one attribute more.
+        self._attributes = attributes
+        self._num_attributes = list(map(len, attributes))
+        tables = [owner.__dict__ for owner in modules if type(owner) not in _WITHOUT_SETTINGS] or attributes
+        self._readers = [reader for reader in map(_plain_reader, tables) if reader is not None]
         self._plain = self.plain_values()
         self._values = self._read()
         self.tensors: list[Tensor] = [value for value in self._values if isinstance(value, Tensor)]
+        # Lists compare items by identity first, in one loop of C. Two tensors of one element each would go on
+        # to compare by value, which is not enough; those of more elements raise.
+        self._small = [index for index, value in enumerate(self._values) if _is_small(value)]
         self._addresses = list(map(Tensor.data_ptr, self.tensors))
         self._indices = list(range(len(self.tensors)))
         self._global_state = _global_state_guard()
@@ -94,7 +103,11 @@ class Liveness:
     def has_the_same_tensors(self) -> bool:
         """Whether every slot still holds the very tensor that it held."""
         given = self._read()
-        return len(given) == len(self._values) and all(map(is_, given, self._values))
+        try:
+            is_same = given == self._values
+        except (RuntimeError, TypeError):
+            return False
+        return is_same and all(given[index] is self._values[index] for index in self._small)
 
     def versions(self) -> list[int]:
         """Return the version counters, which in-place writes move; -1 for tensors made in inference mode."""
@@ -111,7 +124,7 @@ class Liveness:
         if not is_same:
             return "weights moved"
         try:
-            if self.plain_values() != self._plain:
+            if self.plain_values() != self._plain or list(map(len, self._attributes)) != self._num_attributes:
                 return "attributes changed"
         except KeyError:
             return "attributes changed"
@@ -123,6 +136,10 @@ class Liveness:
 def _plain_reader(table: dict[str, Any]) -> tuple[Callable[[dict[str, Any]], Any], dict[str, Any]] | None:
     names = [name for name, value in table.items() if name not in _MODULE_INTERNALS and _is_plain(value)]
     return (itemgetter(*names), table) if names else None
+
+
+def _is_small(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() <= 1
 
 
 def _is_plain(value: Any) -> bool:

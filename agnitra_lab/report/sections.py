@@ -213,9 +213,7 @@ def region_tables(report: Report) -> tuple[Table, ...]:
         for region in report.regions[:MAX_REGIONS]
     )
     hidden = len(report.regions) - len(rows)
-    note = (
-        "Of the limit: the work's FLOPs at the matrix peak, or one read of its weights, over the time after."
-    )
+    note = "Of the limit: the work's FLOPs at the matrix peak, or one read of its weights, over the time after."
     table = Table(
         "Where the time went, before and after",
         ("Part", "Before", "After", "Speed-up", "Of the limit", "What changed there"),

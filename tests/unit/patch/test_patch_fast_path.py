@@ -36,9 +36,10 @@ class Scaled(nn.Module):
         self.scale = 2.0
         self.activation = torch.relu
         self.offset = torch.ones(4)
+        self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        return {"out": self.activation(self.linear(x)) * self.scale + self.offset, "x": x}
+        return {"out": self.gain * self.activation(self.linear(x)) * self.scale + self.offset, "x": x}
 
 
 def test_a_call_goes_past_dynamo_and_keeps_structure_and_identity():
@@ -62,9 +63,11 @@ def test_a_call_goes_past_dynamo_and_keeps_structure_and_identity():
         (lambda m: setattr(m, "offset", torch.zeros(4)), "weights changed"),
         (lambda m: setattr(m, "linear", build(lambda: nn.Linear(12, 4))), "weights changed"),
         (lambda m: setattr(m.linear, "weight", nn.Parameter(torch.ones(4, 12))), "weights changed"),
+        (lambda m: setattr(m, "gain", nn.Parameter(torch.ones(1))), "weights changed"),
         (lambda m: setattr(m.linear.weight, "data", torch.ones(4, 12)), "weights moved"),
+        (lambda m: setattr(m.linear, "forward", lambda x: x[..., :4]), "attributes changed"),
     ],
-    ids=["number", "function", "tensor attribute", "module", "parameter", "data"],
+    ids=["number", "function", "tensor attribute", "module", "parameter", "equal scalar", "data", "method"],
 )
 def test_a_changed_model_gives_the_new_answer_and_the_change_is_counted(change, reason):
     model = build(Scaled)
