@@ -73,13 +73,16 @@ def optimize(
     project: Project = "default",
     llm_url: LLMUrl = None,
     llm_model: LLMModel = None,
+    is_isolated: Annotated[
+        bool, typer.Option("--isolate", help="Compile and time each candidate in a process of its own first.")
+    ] = False,
     artifacts: Artifacts = Path("artifacts"),
 ) -> int:
     """Run the whole loop on TARGET and file the evidence."""
     _optimize(
         target, artifacts=artifacts, suggest=suggest.value, sampler=_sampler(sampler), budget_s=budget_s, seed=seed,
         tokens_processed=tokens, price_per_gpu_hour=price, project_id=project, llm_base_url=llm_url,
-        llm_model=llm_model,
+        llm_model=llm_model, is_isolated=is_isolated,
     )  # fmt: skip
     return 0
 

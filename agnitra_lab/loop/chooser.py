@@ -14,6 +14,7 @@ from agnitra_lab.benchmark import winner as contest
 from agnitra_lab.contracts.measurement import CandidateResult
 from agnitra_lab.device.exclusive import waited_s
 from agnitra_lab.errors import AgnitraError
+from agnitra_lab.loop.rehearsal import Rehearsed
 from agnitra_lab.patch.candidates import Candidate, Plan
 from agnitra_lab.patch.install import Patch
 
@@ -34,6 +35,7 @@ class Chooser:
         screen: (name, patch) -> verdict with a short timing against eager.
         budget_s: no candidate is begun that may not end within it.
         limit_ms: least time that the device allows for this work, None where it is not known.
+        rehearse: judges a candidate elsewhere first; only one that would lead is then built here.
 
     Attributes:
         results: every candidate with its verdict, in order.
@@ -49,12 +51,14 @@ class Chooser:
         *,
         budget_s: float,
         limit_ms: float | None = None,
+        rehearse: Callable[[Candidate], Rehearsed] | None = None,
     ) -> None:
         self._plan = plan
         self._build = build
         self._screen = screen
         self._budget_s = budget_s
         self._limit_ms = limit_ms
+        self._rehearse = rehearse
         self._began_s = clock_s()
         self._compile_s: float | None = None
         self._candidates: dict[str, Candidate] = {}
@@ -89,6 +93,8 @@ class Chooser:
 
     def _try(self, candidate: Candidate) -> None:
         started_s = clock_s()
+        if self._rehearse is not None and not self._leads(self._rehearse(candidate), candidate, started_s):
+            return
         try:
             patch = self._build(candidate)
         except AgnitraError as error:
@@ -102,6 +108,23 @@ class Chooser:
         self.results.append(self._screen(candidate.name, patch))
         self.patches[candidate.name] = patch
         self._drop_losers()
+
+    def _leads(self, rehearsed: Rehearsed, candidate: Candidate, started_s: float) -> bool:
+        """File what a rehearsal found, unless it shows a new leader: that one is built, and judged, here."""
+        result = rehearsed.result
+        if candidate.mode == "default" and result.status != "failed":
+            self._compile_s = clock_s() - started_s
+            self._num_graphs = rehearsed.num_graphs
+        if contest.ranking([*self.results, result])[:1] == [result]:
+            return True
+        if result.status != "failed":
+            self._candidates[candidate.name] = candidate
+        self.results.append(
+            result.model_copy(update={"status": "rejected", "reason": f"{result.reason}; {self.best} leads"})
+            if result.status == "kept"
+            else result
+        )
+        return False
 
     def _drop_losers(self) -> None:
         """Free what cannot win any more: derived weights, graphs and outputs of many candidates would fill a device."""

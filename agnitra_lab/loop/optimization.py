@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ from agnitra_lab.loop.chooser import Chooser
 from agnitra_lab.loop.kernel_lab import KernelLab
 from agnitra_lab.loop.refinement import Refinement
 from agnitra_lab.loop.regions import regions
+from agnitra_lab.loop.rehearsal import Rehearsal
 from agnitra_lab.loop.result import Result
 from agnitra_lab.loop.settings import Settings
 from agnitra_lab.patch import candidates
@@ -55,6 +57,7 @@ Progress = Callable[[Checkpoint], None]
 _DOES_LESS_WORK = frozenset({"linear_algebra", "last_token_head", "attention_by_hand", "sdpa_backend"})
 _PRODUCTS_OF_A_SPLIT = 3
 _EXPLAINED_CALLS = 3
+_LEAST_REHEARSAL_S = 120.0
 
 
 class Optimization:
@@ -190,15 +193,17 @@ class Optimization:
         actions = [suggestion.action for suggestion in self.proposal.suggestions]
         kernels = None if why_no_kernels() else self.kernels
         self.peaks = measure_peaks(self.device, self._dtype())
-        chooser = Chooser(
-            candidates.Plan(actions, self.device.type, only=self.settings.only),
-            lambda candidate: candidates.build(self.workload, candidate, kernels),
-            lambda name, patch: self._judge(name, patch, self.settings.timing_s / 2),
-            budget_s=self.settings.budget_s,
-            limit_ms=self._limit_ms(),
-        )
-        self.patches, self.results = chooser.patches, chooser.results
-        chooser.run()
+        with self._rehearsing(kernels) as rehearse:
+            chooser = Chooser(
+                candidates.Plan(actions, self.device.type, only=self.settings.only),
+                lambda candidate: candidates.build(self.workload, candidate, kernels),
+                lambda name, patch: self._judge(name, patch, self.settings.timing_s / 2),
+                budget_s=self.settings.budget_s,
+                limit_ms=self._limit_ms(),
+                rehearse=rehearse,
+            )
+            self.patches, self.results = chooser.patches, chooser.results
+            chooser.run()
         for name, patch in self.patches.items():
             self.run.write_json("perf", f"patches/{_file_stem(name)}.json", patch.log())
         ours = [patch.log() for name, patch in self.patches.items() if name.startswith("agnitra")]
@@ -321,6 +326,22 @@ class Optimization:
         asked = {suggestion.action for suggestion in self.proposal.suggestions}
         is_replayed = why_no_kernels() is not None
         return [site for site in self._surveyed if is_replayed or site.template in asked]
+
+    @contextmanager
+    def _rehearsing(self, kernels: templates.KernelBook | None) -> Iterator[Rehearsal | None]:
+        """Give the process in which candidates are tried first, where that was asked for."""
+        if not self.settings.is_isolated:
+            yield None
+            return
+        given = self.settings
+        rehearsal = Rehearsal(
+            self.workload, None if kernels is None else kernels.tuned, self.refused, timing_s=given.timing_s / 2,
+            peaks=self.peaks, deadline_s=max(given.budget_s, _LEAST_REHEARSAL_S),
+        )  # fmt: skip
+        try:
+            yield rehearsal
+        finally:
+            rehearsal.close()
 
     def _compare(self, name: str, patch: Patch, budget_s: float) -> Comparison:
         does_less = any(change.action in _DOES_LESS_WORK for change in patch.log().descriptors)

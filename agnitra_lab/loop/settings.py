@@ -25,6 +25,8 @@ class Settings:
         timing_s: seconds of interleaved timing a candidate.
         seed: of every random choice.
         tokens_processed: volume that the usage event accounts for, in the workload's items.
+        is_isolated: compile and time each candidate in a process of its own first, on a copy of the model; only what
+            leads there is built here.
         is_explained: profile what was installed too, for the report's times by part of the model.
         only: name of the one candidate to build; None for all.
         artifacts: folder of the runs.
@@ -47,6 +49,7 @@ class Settings:
     success_fee_rate: Decimal | str = "0.20"
     is_warm: bool = True
     tuned_folder: Path | None = None
+    is_isolated: bool = False
     is_explained: bool = True
     only: str | None = None
     artifacts: Path | str = "artifacts"

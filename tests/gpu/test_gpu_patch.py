@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from agnitra_lab.contracts import Workload
+from agnitra_lab.loop.rehearsal import Rehearsal
+from agnitra_lab.patch.candidates import Candidate
 from agnitra_lab.patch.install import compile_mode, install
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -231,3 +233,17 @@ def test_a_fingerprint_of_two_gigabytes_takes_little_time_and_sees_one_bit():
     print(f"fingerprint of 2.2 GB: {time.perf_counter() - started:.3f} s")
     model.weight.data.view(torch.int16)[777_777_777] ^= 1
     assert fingerprint(model) != before
+
+
+def test_a_candidate_is_rehearsed_on_a_copy_of_the_model_in_another_process() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, INNER), nn.ReLU(), nn.Linear(INNER, WIDTH)).cuda().eval()
+    workload = Workload("mlp", model, (torch.randn(64, WIDTH, device="cuda"),))
+    before = [parameter.clone() for parameter in model.parameters()]
+    rehearsal = Rehearsal(workload, {}, (), timing_s=0.3, peaks=None, deadline_s=120.0)
+    try:
+        found = rehearsal(Candidate("torch.compile", "default", ("cuda_graph",)))
+    finally:
+        rehearsal.close()
+    assert found.result.comparison is not None, found.result.reason
+    assert found.result.comparison.equivalence.is_equivalent
+    assert all(map(torch.equal, before, model.parameters()))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Equivalence, Latency, Ratio
 from agnitra_lab.errors import PatchError
 from agnitra_lab.loop.chooser import Chooser
+from agnitra_lab.loop.rehearsal import Rehearsed
 from agnitra_lab.patch.candidates import Plan
 
 ACTIONS = ("cuda_graph", "qkv_concat", "rms_norm", "max_autotune")
@@ -114,3 +115,29 @@ def test_a_model_of_several_graphs_also_gets_inductors_own_cuda_graphs():
 def test_on_a_cpu_there_are_no_cuda_graphs():
     chooser, _ = run({"agnitra": 4.0}, device="cpu")
     assert "cuda_graph" not in tried(chooser)
+
+
+def test_after_a_rehearsal_only_what_would_lead_is_built_here():
+    built = []
+    times_ms = {"cuda_graph": 8.0, "agnitra": 4.0, "torch.compile": 6.0}
+
+    def build(candidate):
+        built.append(candidate.name)
+        return Built(candidate.name)
+
+    def rehearse(candidate):
+        if candidate.name not in times_ms:
+            return Rehearsed(CandidateResult(name=candidate.name, status="failed", reason="crash in a process"))
+        return Rehearsed(result_of(candidate.name, times_ms[candidate.name]))
+
+    chooser = Chooser(
+        Plan(ACTIONS, "cuda"), build, lambda name, patch: result_of(name, times_ms[name]), budget_s=60.0,
+        rehearse=rehearse,
+    )  # fmt: skip
+    chooser.run()
+    assert built == ["cuda_graph", "agnitra"]
+    assert chooser.best == "agnitra"
+    rows = {result.name: result for result in chooser.results}
+    assert rows["torch.compile"].status == "rejected"
+    assert "agnitra leads" in rows["torch.compile"].reason
+    assert rows["agnitra:max-autotune"].reason == "crash in a process"
