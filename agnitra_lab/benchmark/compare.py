@@ -181,7 +181,7 @@ def _time(
         ) from error
     finally:
         for state in states.values():
-            state.restore()
+            state.put_back()
 
 
 def timed_problems(

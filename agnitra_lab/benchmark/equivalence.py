@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,6 +180,11 @@ class _Gate:
         for name in put_back_functions():
             self.problems[f"{name} was replaced before the check"] = None
         self.probe_call = self.reference.probe()
+        if self.candidate_state is not self.baseline_state:
+            # A module of its own has run as often as the baseline's before the first comparison.
+            with suppress(Exception):
+                run_call(self.candidate, shifted_copy(self.reference.probe_inputs), self.candidate_state)
+            self.candidate_state.begin_here()
 
     def run(self, seed: int) -> bool:
         """Compare both on the inputs of one seed; False when there is no point in going on."""
@@ -328,7 +334,7 @@ class _Gate:
     def restore(self) -> None:
         """Leave both modules as they were, and restore from now on only what a call writes."""
         for state in (self.baseline_state, self.candidate_state):
-            state.restore()
+            state.put_back()
             state.limit_to(self.written_names)
 
     def verified(self) -> Verified:

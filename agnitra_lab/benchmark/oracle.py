@@ -45,6 +45,10 @@ class Oracle:
         finally:
             torch.set_default_dtype(default_dtype)
 
+    def begin_as(self, state: ModuleState) -> None:
+        """Start each call from where the original starts."""
+        self._state.begin_as(state)
+
     def state(self, name: str) -> torch.Tensor | None:
         """Return what the last call left in a buffer or tensor attribute of the copy, by its full name."""
         return self._state.tensor(name)

@@ -57,7 +57,7 @@ class Reference:
         precision_track: "relaxed" has no oracle.
 
     Attributes:
-        state: the baseline's module state, restored before each call.
+        state: the baseline's module state, restored before each call to what the probe left.
         notes: what is to be said of every check made with it.
         least_rtol: relative tolerance of the dtype that the model mostly has.
         rtols: of each tensor leaf of the output; known after the probe.
@@ -96,6 +96,9 @@ class Reference:
     def probe(self) -> Call:
         """Run the baseline on inputs that are in no comparison: sizes to poison, and whether inputs matter at all.
 
+        What this call leaves is where every compared call starts: a model that has just run on the inputs of a seed
+        holds the answer in its state already, and of such a call only what a candidate rounds otherwise would show.
+
         Raises:
             UsageError: when it does not run on the workload's inputs.
         """
@@ -114,6 +117,9 @@ class Reference:
         pairs = zip(tensors(first.values), tensors(again.values), strict=True)
         if not all(a.shape == b.shape and same_values(a, b) for (_, a), (_, b) in pairs):
             self.notes["the baseline differs from itself on equal inputs"] = None
+        self.state.begin_here()
+        if self._oracle is not None:
+            self._oracle.begin_as(self.state)
         self.probe_call = self._last = first
         return first
 

@@ -18,11 +18,40 @@ class ModuleState:
         self._tensors = dict(_state_tensors(module))
         self._initial = {name: tensor.detach().clone() for name, (tensor, _, _) in self._tensors.items()}
         self._numbers = [(owner, dict(_plain_numbers(owner))) for owner in (module.modules() if module else ())]
+        self._first, self._first_numbers = dict(self._initial), self._numbers
+        self._begun: set[str] = set()
         self._written: set[str] | None = None
+
+    def begin_here(self) -> None:
+        """Take what is there now for the captured values; `put_back` still knows those that were there first."""
+        for name, (_, slots, key) in self._tensors.items():
+            value, kept = slots.get(key), self._first[name]
+            if isinstance(value, torch.Tensor) and value.shape == kept.shape and not same_values(value, kept):
+                self._initial[name] = value.detach().clone()
+                self._begun.add(name)
+        self._numbers = [(owner, dict(_plain_numbers(owner))) for owner, _ in self._first_numbers]
+
+    def begin_as(self, other: ModuleState) -> None:
+        """Take the captured values of another object, of a copy of the same module: what they mean, in own dtypes."""
+        for name in other._begun & set(self._initial):
+            value, kept = other._initial[name], self._initial[name]
+            if kept.shape == value.shape:
+                self._initial[name] = value.to(dtype=kept.dtype, device=kept.device, copy=True)
+                self._begun.add(name)
+        if len(self._numbers) == len(other._numbers):
+            numbers = [given for _, given in other._numbers]
+            self._numbers = [(owner, dict(given)) for (owner, _), given in zip(self._numbers, numbers, strict=True)]
+
+    def put_back(self) -> None:
+        """Leave everything as it was when this object was made."""
+        begun = self._initial, self._numbers, self._written
+        self._initial, self._numbers, self._written = self._first, self._first_numbers, None
+        self.restore()
+        self._initial, self._numbers, self._written = begun
 
     def limit_to(self, names: set[str] | None) -> None:
         """Restore only these tensors from now on, None for all: what no call writes need not be looked at each time."""
-        self._written = names
+        self._written = names | self._begun if names is not None else None
 
     def restore(self) -> None:
         """Put the captured values back, into the same tensors."""

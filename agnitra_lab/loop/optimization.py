@@ -439,7 +439,7 @@ class Optimization:
             warnings.warn(f"The report has no times by region: {error.message}", stacklevel=2)
             return ()
         finally:
-            self.reference.state.restore()
+            self.reference.state.put_back()
         after.save(self.run.directory("profiles") / "after")
         return regions(self.workload, self.telemetry, after, winner.log().descriptors, self.peaks)
 

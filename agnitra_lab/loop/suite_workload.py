@@ -150,7 +150,7 @@ class _Contest:
             calls, self.inputs, device=self.device, budget_s=self.given.timing_s, min_rounds=_MIN_ROUNDS,
             reset=lambda side: state.restore(),
         )  # fmt: skip
-        state.restore()
+        state.put_back()
 
     def result(self, wall_s: float, phases_s: dict[str, float]) -> SuiteResult:
         """Put together what is filed of the workload."""

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from agnitra_lab.benchmark.equivalence import check
+from agnitra_lab.benchmark.reference import Reference
 from agnitra_lab.contracts.measurement import Equivalence
-from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.contracts.workload import Inputs, Workload
 from agnitra_lab.errors import UsageError
 
 
@@ -276,6 +277,30 @@ def test_a_written_value_that_was_there_before_may_round_otherwise() -> None:
 
     _check_passes(in_one_rounding, workload)
     assert "1 elements that it does not write" in _problems(beside_the_slot, workload)
+
+
+def test_a_model_that_ran_on_the_inputs_of_a_seed_still_shows_all_that_the_call_writes() -> None:
+    # Of a slot that holds eager's own answer already, only what a candidate rounds otherwise would count, all misses.
+    model = Decoder().eval()
+
+    def make_inputs(seed: int) -> Inputs:
+        return (torch.randn(16, generator=torch.Generator().manual_seed(seed)), torch.tensor([3])), {}
+
+    args, kwargs = make_inputs(0)
+    model(*args, **kwargs)
+    reference = Reference(Workload("decoder", model, args, kwargs, make_inputs=make_inputs))
+    reference.probe()
+    before, after = reference.answer(0, make_inputs(0)).wanted.state_after["cache"]
+    assert int((before != after).sum()) == 16
+
+
+def test_a_check_leaves_buffers_and_counters_as_it_found_them() -> None:
+    model = Decoder().eval()
+    workload = Workload("decoder", model, (torch.randn(16), torch.tensor([3])))
+    model.cache[3] = 7.0
+    _check_passes(lambda x, position: model(x, position), workload)
+    assert model.cache[3].eq(7.0).all()
+    assert model.num_calls == 0
 
 
 class TwoCaches(nn.Module):
