@@ -178,7 +178,8 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
             layout == CHANNELS_INNERMOST
             and block_h == 1
             and block_c <= vector
-            and (channels % block_c == 0 or block_c == 1)
+            and channels % block_c == 0
+            and block_c * 4 >= math.gcd(channels, vector)
             and block_w * block_c <= 64
             and columns * block_w * block_c <= 2048
             and lanes_c <= 32 * point["num_warps"]
