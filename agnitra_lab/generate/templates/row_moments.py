@@ -5,9 +5,6 @@ lane by lane in Welford's recurrence and merged by Chan's rule, never as E[x^2] 
 be SPLIT over programs. Where SPLIT blocks hold it, they keep their parts in registers and wait for each other's
 moments: one read. Where they do not, one kernel leaves the moments of every chunk, the next one merges them and
 normalises.
-
-Sources: Welford, "Note on a Method for Calculating Corrected Sums of Squares and Products", Technometrics 4(3), 1962;
-Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, section 2.
 """
 
 import torch
@@ -15,42 +12,7 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-
-@triton.jit
-def _merge_moments(mean, m2, count, total):
-    # Chan's rule over axis 1. The second correction takes out what rounding left in the first mean.
-    centre = tl.div_rn(tl.sum(mean * count, axis=1), total)
-    offset = mean - centre[:, None]
-    shift = tl.div_rn(tl.sum(offset * count, axis=1), total)
-    m2 = tl.sum(m2 + offset * offset * count, axis=1) - total * shift * shift
-    return centre + shift, m2
-
-
-@triton.jit
-def _merge_parts(mean, m2, count, total):
-    # The same for a vector of parts. It gives numbers: a tensor of one row would have the layout of the parts, and the
-    # row would be converted to it and back through shared memory, value by value.
-    centre = tl.div_rn(tl.sum(mean * count, axis=0), total)
-    offset = mean - centre
-    shift = tl.div_rn(tl.sum(offset * count, axis=0), total)
-    m2 = tl.sum(m2 + offset * offset * count, axis=0) - total * shift * shift
-    return centre + shift, m2
-
-
-@triton.jit
-def _update_moments(mean, m2, h, mask, count):
-    # One step of Welford's recurrence in every lane; a masked lane stands still.
-    delta = tl.where(mask, h - mean, 0.0)
-    mean += delta * (1.0 / count)
-    return mean, m2 + delta * tl.where(mask, h - mean, 0.0)
-
-
-@triton.jit
-def _scale_of(m2, total, eps):
-    # 1 / sqrt(variance + eps), each step rounded once: the device's own rsqrt is off by up to two units in the last
-    # place, and all of a row's values with it.
-    variance = tl.maximum(tl.div_rn(m2, total), 0.0)
-    return tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
+from agnitra_lab.generate.templates.moments import _merge_moments, _merge_parts, _scale_of, _update_moments
 
 
 @triton.jit
@@ -431,39 +393,45 @@ def normalise_rows(
     """
     block_n, rows_per_program, split, num_warps, num_stages = config
     num_rows, num_cols = x_MN.shape
+    affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "IS_SILU": is_silu, "SPATIAL": spatial}
+    options = {"BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
     stride_rm = 0 if residual_MN is None else residual_MN.stride(0)
     residual_MN = x_MN if residual_MN is None else residual_MN
     has_residual = summed is not None
     summed = x_MN if summed is None else summed
-    weight_or_x, bias_or_x = x_MN if weight is None else weight, x_MN if bias is None else bias
-    affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "IS_SILU": is_silu, "SPATIAL": spatial}
-    options = {"BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
-    if split == 1:
-        is_one_block = bool(num_cols <= block_n)
-        looped = {} if is_one_block else {"NUM_STAGES": num_stages}
-        launcher = _launcher(_block_kernel if is_one_block else _loop_kernel)
-        launcher[((num_rows + rows_per_program - 1) // rows_per_program,)](
-            x_MN, residual_MN, weight_or_x, bias_or_x, out, summed, num_rows, num_cols, num_groups, x_MN.stride(0),
-            stride_rm, eps, HAS_RESIDUAL=has_residual, ROWS_PER_PROGRAM=rows_per_program,
-            **affine, **looped, **options,
-        )  # fmt: skip
+    tensors = (x_MN, residual_MN, x_MN if weight is None else weight, x_MN if bias is None else bias, out, summed)
+    if split > 1:
+        numbers = (num_groups, x_MN.stride(0), stride_rm, eps)
+        _normalise_split(tensors, numbers, split, num_stages, has_residual, affine, options)
         return
+    is_one_block = bool(num_cols <= block_n)
+    looped = {} if is_one_block else {"NUM_STAGES": num_stages}
+    launcher = _launcher(_block_kernel if is_one_block else _loop_kernel)
+    launcher[((num_rows + rows_per_program - 1) // rows_per_program,)](
+        *tensors, num_rows, num_cols, num_groups, x_MN.stride(0), stride_rm, eps, HAS_RESIDUAL=has_residual,
+        ROWS_PER_PROGRAM=rows_per_program, **affine, **looped, **options,
+    )  # fmt: skip
+
+
+def _normalise_split(tensors, numbers, split, num_stages, has_residual, affine, options):
+    x_MN, residual_MN, weight, bias, out, summed = tensors
+    num_groups, stride_xm, stride_rm, eps = numbers
+    num_rows, num_cols = x_MN.shape
     moments = torch.empty((num_rows, split, 2), dtype=torch.float32, device=x_MN.device)
     lanes = {"SPLIT": split, "SPLIT_LANES": 1 << (split - 1).bit_length()}
-    if split * block_n >= num_cols and split <= _most_waiting(x_MN.device):
+    if split * options["BLOCK_N"] >= num_cols and split <= _most_waiting(x_MN.device):
         arrivals = torch.zeros(num_rows + 1, dtype=torch.int32, device=x_MN.device)
         _launcher(_joined_kernel)[(num_rows * split,)](
-            x_MN, residual_MN, weight_or_x, bias_or_x, out, summed, moments, arrivals, num_cols, num_groups,
-            x_MN.stride(0), stride_rm, eps, HAS_RESIDUAL=has_residual, **lanes, **affine, **options,
+            *tensors, moments, arrivals, num_cols, num_groups, stride_xm, stride_rm, eps, HAS_RESIDUAL=has_residual,
+            **lanes, **affine, **options,
         )  # fmt: skip
         return
     options["NUM_STAGES"] = num_stages
     _launcher(_chunk_kernel)[(num_rows * split,)](
-        x_MN, residual_MN, summed, moments, num_rows, num_cols, x_MN.stride(0), stride_rm,
+        x_MN, residual_MN, summed, moments, num_rows, num_cols, stride_xm, stride_rm,
         HAS_RESIDUAL=has_residual, SPLIT=split, **options,
     )  # fmt: skip
-    source, stride_m = (summed, num_cols) if has_residual else (x_MN, x_MN.stride(0))
+    source, stride_m = (summed, num_cols) if has_residual else (x_MN, stride_xm)
     _launcher(_apply_kernel)[(num_rows * split,)](
-        source, moments, weight_or_x, bias_or_x, out, num_rows, num_cols, num_groups, stride_m, eps,
-        **lanes, **affine, **options,
+        source, moments, weight, bias, out, num_rows, num_cols, num_groups, stride_m, eps, **lanes, **affine, **options,
     )  # fmt: skip
