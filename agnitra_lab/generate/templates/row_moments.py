@@ -360,7 +360,8 @@ def _launcher(kernel):
 
 def _most_waiting(device: torch.device) -> int:
     # A multiprocessor runs one program at least. The interpreter runs one after the other, and would wait for ever.
-    return torch.cuda.get_device_properties(device).multi_processor_count if IS_COMPILED else 0
+    is_known = IS_COMPILED and device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).multi_processor_count if is_known else 0
 
 
 def normalise_rows(
