@@ -81,6 +81,12 @@ ACTIONS: dict[str, Action] = {
             needs_cuda=True,
             summary="Triton kernels for GroupNorm or InstanceNorm and the SiLU after it",
         ),
+        Action(
+            name="depthwise_conv",
+            kind="template",
+            needs_cuda=True,
+            summary="one Triton kernel for a convolution of each channel by itself, with its bias and activation",
+        ),
         Action(name="swiglu", kind="template", needs_cuda=True, summary="one Triton kernel for act(gate) * up"),
         Action(
             name="skinny_gemm",

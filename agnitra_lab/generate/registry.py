@@ -12,6 +12,7 @@ from agnitra_lab.optional import require
 TEMPLATES: dict[str, str] = {
     "decode_attention": "agnitra_lab.generate.templates.decode_attention",
     "channel_norm": "agnitra_lab.generate.templates.channel_norm",
+    "depthwise_conv": "agnitra_lab.generate.templates.depthwise_conv",
     "group_norm": "agnitra_lab.generate.templates.group_norm",
     "layer_norm": "agnitra_lab.generate.templates.layer_norm",
     "rms_norm": "agnitra_lab.generate.templates.rms_norm",

@@ -40,6 +40,14 @@ SITES: list[tuple[str, tuple[int, ...], str]] = [
     ("channel_norm", (32, 384, 3136), "bfloat16"),
     ("group_norm", (512, 8, 4096), "bfloat16"),
     ("group_norm", (64, 16, 65536), "float32"),
+    # N, channels, then extents, taps, strides and dilations of depth, height and width; 1 for planes, 2 for channels
+    # innermost.
+    ("depthwise_conv", (32, 384, 1, 56, 56, 1, 7, 7, 1, 1, 1, 1, 1, 1, 1), "bfloat16"),
+    ("depthwise_conv", (32, 384, 1, 56, 56, 1, 7, 7, 1, 1, 1, 1, 1, 1, 2), "bfloat16"),
+    ("depthwise_conv", (32, 384, 1, 56, 56, 1, 7, 7, 1, 1, 1, 1, 1, 1, 1), "float32"),
+    ("depthwise_conv", (32, 144, 1, 112, 112, 1, 3, 3, 1, 2, 2, 1, 1, 1, 2), "bfloat16"),
+    ("depthwise_conv", (8, 2048, 1, 1, 4096, 1, 1, 4, 1, 1, 1, 1, 1, 1, 1), "bfloat16"),
+    ("depthwise_conv", (8, 2048, 1, 1, 4096, 1, 1, 4, 1, 1, 1, 1, 1, 1, 2), "bfloat16"),
     ("softmax", (16384, 4096), "bfloat16"),
     ("softmax", (512, 131072), "bfloat16"),
     ("softmax", (1024, 4096), "float32"),

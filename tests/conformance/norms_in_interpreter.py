@@ -200,13 +200,13 @@ PLANTED = {
     ),
     "the spread between lanes is forgotten": (
         "layer_norm_split",
-        "tl.sum(m2 + offset * offset * count, axis=1)",
-        "tl.sum(m2, axis=1)",
+        "tl.sum(m2 + offset * offset * count, axis=0)",
+        "tl.sum(m2, axis=0)",
     ),
     "the chunks of all rows are one": (
         "layer_norm_split",
-        "moments_ptr + (offs_m[:, None] * SPLIT + parts) * 2",
-        "moments_ptr + (0 * offs_m[:, None] * SPLIT + parts) * 2",
+        "moments = moments_ptr + (row * SPLIT + parts) * 2",
+        "moments = moments_ptr + (0 * row * SPLIT + parts) * 2",
     ),
     "the last cycle counts whole": (
         "layer_norm_split",

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 SUITES = {
     "decode_in_interpreter.py": 10,
+    "depthwise_in_interpreter.py": 12,
     "norms_in_interpreter.py": 10,
     "rows_in_interpreter.py": 10,
     "split_gemm_in_interpreter.py": 5,

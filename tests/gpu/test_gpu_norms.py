@@ -1,5 +1,7 @@
 """The norm templates and gates on a real device: fp64 agreement at real shapes, no worse than eager, one graph."""
 
+import math
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -39,6 +41,9 @@ def edge_configs(template: str, shape: tuple[int, ...], dtype):
     configs = registry.load(template).space(shape, str(dtype)).configs
     looped = [config for config in configs if config.params["num_stages"] > 1]
     split = [config for config in configs if config.params.get("SPLIT", 1) > 1]
+    # Blocks that hold the row together, and wait for each other.
+    held = math.prod(shape[1:]) if template in ("layer_norm", "group_norm") else math.inf
+    joined = [config for config in split if config.params["SPLIT"] * config.params["BLOCK_N"] >= held]
     chosen = [
         configs[0],
         configs[-1],
@@ -46,6 +51,8 @@ def edge_configs(template: str, shape: tuple[int, ...], dtype):
         *looped[-1:],
         *split[:1],
         *split[-1:],
+        *joined[:1],
+        *joined[-1:],
     ]
     return list({config.key(): config for config in chosen}.values())
 
@@ -123,8 +130,31 @@ def test_channel_norm_is_as_near_to_fp64_as_eager(shape, kind, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows_that_are_held_by_waiting_programs_are_each_right() -> None:
+    # More programs than the device holds at once, over and over, and the last block of each row is short.
+    x, weight, bias = random(257, 40, 1000), random(40), random(40)
+    exact = F.group_norm(x.double(), 1, weight.double(), bias.double(), EPS)
+    eager = F.group_norm(x, 1, weight, bias, EPS)
+    configs = registry.load("group_norm").space((257, 40, 1000), "float32").configs
+    joined = [config for config in configs if config.params["SPLIT"] * config.params["BLOCK_N"] >= 40000]
+    joined = [config for config in joined if config.params["SPLIT"] > 1]
+    assert joined
+    for config in joined:
+        for _ in range(3):
+            output = render(config).call(x, 1, weight, bias, EPS)
+            assert error(output, exact) <= 1.25 * error(eager, exact), config.key()
+
+
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((2, 320, 32, 32), 32), ((2, 64, 257, 129), 8), ((3, 30, 7), 3), ((8, 64), 4)]
+    ("shape", "groups"),
+    [
+        ((2, 320, 32, 32), 32),
+        ((3, 12, 56, 56), 1),
+        ((1, 16, 512, 1024), 1),
+        ((2, 64, 257, 129), 8),
+        ((3, 30, 7), 3),
+        ((8, 64), 4),
+    ],
 )
 def test_group_norm_is_as_near_to_fp64_as_eager(shape, groups, dtype) -> None:
     x, weight, bias = random(*shape, dtype=dtype) + 1, random(shape[1], dtype=dtype), random(shape[1], dtype=dtype)

@@ -18,7 +18,7 @@ from torch.library import triton_op, wrap_triton
 
 from agnitra_lab.contracts.search import SearchSpace
 from agnitra_lab.generate.points import check_call, drawer, enumerate_space, itemsize, next_power_of_two, row_rule
-from agnitra_lab.generate.templates.row_moments import _merge_moments, _update_moments
+from agnitra_lab.generate.templates.moments import _merge_moments, _update_moments
 
 PARAMS = ("BLOCK_C", "BLOCK_S", "num_warps", "num_stages")
 KINDS = ("rms", "layer", "l2")

@@ -1,12 +1,10 @@
 """Rows brought to mean 0 and variance 1: the Triton code that layer_norm and group_norm share.
 
 A row that fits in a block is read once and centred in registers. A longer one is read twice: its moments are gathered
-lane by lane in Welford's recurrence and merged by Chan's rule, never as E[x^2] - E[x]^2, which cancels. A row that is
-long while the rows are few is SPLIT over programs: one kernel leaves the moments of every chunk, the next one merges
-them and normalises.
-
-Sources: Welford, "Note on a Method for Calculating Corrected Sums of Squares and Products", Technometrics 4(3), 1962;
-Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, section 2.
+lane by lane in Welford's recurrence and merged by Chan's rule, never as E[x^2] - E[x]^2, which cancels. A row may also
+be SPLIT over programs. Where SPLIT blocks hold it, they keep their parts in registers and wait for each other's
+moments: one read. Where they do not, one kernel leaves the moments of every chunk, the next one merges them and
+normalises.
 """
 
 import torch
@@ -14,23 +12,7 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-
-@triton.jit
-def _merge_moments(mean, m2, count, total):
-    # Chan's rule over axis 1. The second correction takes out what rounding left in the first mean.
-    centre = tl.div_rn(tl.sum(mean * count, axis=1), total)
-    offset = mean - centre[:, None]
-    shift = tl.div_rn(tl.sum(offset * count, axis=1), total)
-    m2 = tl.sum(m2 + offset * offset * count, axis=1) - total * shift * shift
-    return centre + shift, m2
-
-
-@triton.jit
-def _update_moments(mean, m2, h, mask, count):
-    # One step of Welford's recurrence in every lane; a masked lane stands still.
-    delta = tl.where(mask, h - mean, 0.0)
-    mean += delta * (1.0 / count)
-    return mean, m2 + delta * tl.where(mask, h - mean, 0.0)
+from agnitra_lab.generate.templates.moments import _merge_moments, _merge_parts, _scale_of, _update_moments
 
 
 @triton.jit
@@ -40,6 +22,13 @@ def _sum_at(x_at, residual_at, mask, dtype: tl.constexpr, HAS_RESIDUAL: tl.const
         h += tl.load(residual_at, mask=mask, other=0.0).to(tl.float32)
         h = h.to(dtype).to(tl.float32)
     return h
+
+
+@triton.jit
+def _spread(values, ROWS: tl.constexpr, COUNT: tl.constexpr, ALIKE: tl.constexpr):
+    # Each value ALIKE times, one after the other.
+    wide = tl.broadcast_to(tl.reshape(values, (ROWS, COUNT, 1)), (ROWS, COUNT, ALIKE))
+    return tl.reshape(wide, (ROWS, COUNT * ALIKE))
 
 
 @triton.jit
@@ -55,7 +44,9 @@ def _affine(
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    offs_n = start + tl.arange(0, BLOCK_N)
+    # Values that lie in one vector of a thread and share their weight are looked up as one.
+    ALIKE: tl.constexpr = 1 if SPATIAL % 4 != 0 or SPATIAL == 0 else (8 if SPATIAL % 8 == 0 else 4)
+    offs_n = start + ALIKE * tl.arange(0, BLOCK_N // ALIKE)
     mask = (offs_n < num_cols)[None, :]
     if SPATIAL == 0:
         index = offs_n[None, :]
@@ -70,10 +61,14 @@ def _affine(
             index = first + (offs_n // SPATIAL)[None, :]
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        if ALIKE > 1 and SPATIAL % BLOCK_N != 0:
+            weight = _spread(weight, offs_m.shape[0], BLOCK_N // ALIKE, ALIKE)
     else:
         weight = tl.full((1, 1), 1.0, tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        if ALIKE > 1 and SPATIAL % BLOCK_N != 0:
+            bias = _spread(bias, offs_m.shape[0], BLOCK_N // ALIKE, ALIKE)
     else:
         bias = tl.full((1, 1), 0.0, tl.float32)
     return weight, bias
@@ -127,8 +122,8 @@ def _block_kernel(
     centred = tl.where(offs_n < num_cols, h - mean[:, None], 0.0)
     # What rounding left in the mean is taken out once more: the row is still in registers.
     shift = tl.div_rn(tl.sum(centred, axis=1), total)
-    variance = tl.div_rn(tl.sum(centred * centred, axis=1), total) - shift * shift
-    normed = (centred - shift[:, None]) * tl.rsqrt(tl.maximum(variance, 0.0) + tl.cast(eps, tl.float32))[:, None]
+    scale = _scale_of(tl.sum(centred * centred, axis=1) - total * shift * shift, total, eps)
+    normed = (centred - shift[:, None]) * scale[:, None]
     tl.store(out_ptr + out_at, _activated(normed * weight + bias, IS_SILU).to(dtype), mask=mask)
 
 
@@ -169,7 +164,7 @@ def _loop_kernel(
         mean_lanes, m2_lanes = _update_moments(mean_lanes, m2_lanes, h, mask_n, start // BLOCK_N + 1)
     count = tl.cdiv(tl.maximum(num_cols - lanes, 0), BLOCK_N).to(tl.float32)
     mean, m2 = _merge_moments(mean_lanes, m2_lanes, count, num_cols * 1.0)
-    scale = tl.rsqrt(tl.maximum(tl.div_rn(m2, num_cols * 1.0), 0.0) + tl.cast(eps, tl.float32))
+    scale = _scale_of(m2, num_cols * 1.0, eps)
     # The second pass adds again instead of reading back `summed`: a store and a load of one address in one kernel would
     # need a barrier, and the inputs are still in the L2.
     for start in tl.range(0, num_cols, BLOCK_N, num_stages=NUM_STAGES):
@@ -252,15 +247,16 @@ def _apply_kernel(
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     offs_m = (pid % num_rows).to(tl.int64) + tl.arange(0, 1)
     first = (pid // num_rows) * BLOCK_N
-    parts = tl.arange(0, SPLIT_LANES)[None, :]
+    parts = tl.arange(0, SPLIT_LANES)
     rest = num_cols % CYCLE - parts * BLOCK_N
     count = num_cols // CYCLE * BLOCK_N + tl.minimum(tl.maximum(rest, 0), BLOCK_N)
     count = tl.where(parts < SPLIT, count, 0)
-    moments = moments_ptr + (offs_m[:, None] * SPLIT + parts) * 2
+    row = (pid % num_rows).to(tl.int64)
+    moments = moments_ptr + (row * SPLIT + parts) * 2
     mean_parts = tl.load(moments, mask=count > 0, other=0.0)
     m2_parts = tl.load(moments + 1, mask=count > 0, other=0.0)
-    mean, m2 = _merge_moments(mean_parts, m2_parts, count.to(tl.float32), num_cols * 1.0)
-    scale = tl.rsqrt(tl.maximum(tl.div_rn(m2, num_cols * 1.0), 0.0) + tl.cast(eps, tl.float32))
+    mean, m2 = _merge_parts(mean_parts, m2_parts, count.to(tl.float32), num_cols * 1.0)
+    scale = _scale_of(m2, num_cols * 1.0, eps)
     num_steps = tl.cdiv(tl.maximum(num_cols - first, 0), CYCLE)
     for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
         start = first + (num_steps - 1 - step) * CYCLE
@@ -270,28 +266,102 @@ def _apply_kernel(
         weight, bias = _affine(
             weight_ptr, bias_ptr, offs_m, start, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
         )
-        out = _activated((h - mean[:, None]) * scale[:, None] * weight + bias, IS_SILU).to(out_ptr.dtype.element_ty)
+        out = _activated((h - mean) * scale * weight + bias, IS_SILU).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + offs_m[:, None] * num_cols + offs_n, out, mask=mask)
+
+
+@triton.jit
+def _joined_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    summed_ptr,
+    moments_ptr,
+    count_ptr,
+    num_cols,
+    num_groups,
+    stride_xm,
+    stride_rm,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_SILU: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLIT_LANES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    dtype = out_ptr.dtype.element_ty
+    # By ticket: all those that a program waits for have begun, whatever the order in which the device starts them.
+    ticket = tl.atomic_add(count_ptr, 1, sem="relaxed")
+    row, start = (ticket // SPLIT).to(tl.int64), (ticket % SPLIT) * BLOCK_N
+    offs_m = row + tl.arange(0, 1).to(tl.int64)
+    offs_n = start + tl.arange(0, BLOCK_N)[None, :]
+    mask = offs_n < num_cols
+    h = _sum_at(x_ptr + row * stride_xm + offs_n, residual_ptr + row * stride_rm + offs_n, mask, dtype, HAS_RESIDUAL)
+    if HAS_RESIDUAL:
+        tl.store(summed_ptr + row * num_cols + offs_n, h.to(dtype), mask=mask)
+    total = tl.minimum(num_cols - start, BLOCK_N) * 1.0
+    mean = tl.div_rn(tl.sum(h, axis=1), total)
+    centred = tl.where(mask, h - mean[:, None], 0.0)
+    shift = tl.div_rn(tl.sum(centred, axis=1), total)
+    at = moments_ptr + ticket * 2 + tl.arange(0, 1)
+    tl.store(at, mean + shift)
+    tl.store(at + 1, tl.sum(centred * centred, axis=1) - total * shift * shift)
+    # Every thread's stores come before the arrival, the row's arrivals before every thread's loads.
+    tl.debug_barrier()
+    tl.atomic_add(count_ptr + 1 + row, 1, sem="release")
+    arrived = 0
+    while arrived < SPLIT:
+        arrived = tl.atomic_add(count_ptr + 1 + row, 0, sem="acquire")
+    tl.debug_barrier()
+    parts = tl.arange(0, SPLIT_LANES)
+    count = tl.minimum(tl.maximum(num_cols - parts * BLOCK_N, 0), BLOCK_N)
+    moments = moments_ptr + (row * SPLIT + parts) * 2
+    # Past the L1: other multiprocessors wrote these.
+    mean_parts = tl.load(moments, mask=count > 0, other=0.0, cache_modifier=".cg")
+    m2_parts = tl.load(moments + 1, mask=count > 0, other=0.0, cache_modifier=".cg")
+    mean, m2 = _merge_parts(mean_parts, m2_parts, count.to(tl.float32), num_cols * 1.0)
+    scale = _scale_of(m2, num_cols * 1.0, eps)
+    weight, bias = _affine(
+        weight_ptr, bias_ptr, offs_m, start, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
+    )
+    out = _activated((h - mean) * scale * weight + bias, IS_SILU).to(dtype)
+    tl.store(out_ptr + row * num_cols + offs_n, out, mask=mask)
 
 
 KERNELS = (
     _merge_moments,
+    _merge_parts,
     _update_moments,
+    _scale_of,
     _sum_at,
+    _spread,
     _affine,
     _activated,
+    _joined_kernel,
     _block_kernel,
     _loop_kernel,
     _chunk_kernel,
     _apply_kernel,
 )
-"""What a rendered source needs: device functions, then the kernels of one block, of a loop, and the two of a split."""
+"""What a rendered source needs: device functions, then the kernels of parts that wait, of one block, of a loop, and the
+two of a split."""
 IS_COMPILED = isinstance(_block_kernel, triton.JITFunction)
 
 
 def _launcher(kernel):
     # The interpreter's kernel is no JITFunction, and wrap_triton takes nothing else.
     return wrap_triton(kernel) if IS_COMPILED else kernel
+
+
+def _most_waiting(device: torch.device) -> int:
+    # A multiprocessor runs one program at least. The interpreter runs one after the other, and would wait for ever.
+    is_known = IS_COMPILED and device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).multi_processor_count if is_known else 0
 
 
 def normalise_rows(
@@ -324,31 +394,45 @@ def normalise_rows(
     """
     block_n, rows_per_program, split, num_warps, num_stages = config
     num_rows, num_cols = x_MN.shape
+    affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "IS_SILU": is_silu, "SPATIAL": spatial}
+    options = {"BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
     stride_rm = 0 if residual_MN is None else residual_MN.stride(0)
     residual_MN = x_MN if residual_MN is None else residual_MN
     has_residual = summed is not None
     summed = x_MN if summed is None else summed
-    weight_or_x, bias_or_x = x_MN if weight is None else weight, x_MN if bias is None else bias
-    affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "IS_SILU": is_silu, "SPATIAL": spatial}
-    options = {"BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
-    if split == 1:
-        is_one_block = bool(num_cols <= block_n)
-        looped = {} if is_one_block else {"NUM_STAGES": num_stages}
-        launcher = _launcher(_block_kernel if is_one_block else _loop_kernel)
-        launcher[((num_rows + rows_per_program - 1) // rows_per_program,)](
-            x_MN, residual_MN, weight_or_x, bias_or_x, out, summed, num_rows, num_cols, num_groups, x_MN.stride(0),
-            stride_rm, eps, HAS_RESIDUAL=has_residual, ROWS_PER_PROGRAM=rows_per_program,
-            **affine, **looped, **options,
+    tensors = (x_MN, residual_MN, x_MN if weight is None else weight, x_MN if bias is None else bias, out, summed)
+    if split > 1:
+        numbers = (num_groups, x_MN.stride(0), stride_rm, eps)
+        _normalise_split(tensors, numbers, split, num_stages, has_residual, affine, options)
+        return
+    is_one_block = bool(num_cols <= block_n)
+    looped = {} if is_one_block else {"NUM_STAGES": num_stages}
+    launcher = _launcher(_block_kernel if is_one_block else _loop_kernel)
+    launcher[((num_rows + rows_per_program - 1) // rows_per_program,)](
+        *tensors, num_rows, num_cols, num_groups, x_MN.stride(0), stride_rm, eps, HAS_RESIDUAL=has_residual,
+        ROWS_PER_PROGRAM=rows_per_program, **affine, **looped, **options,
+    )  # fmt: skip
+
+
+def _normalise_split(tensors, numbers, split, num_stages, has_residual, affine, options):
+    x_MN, residual_MN, weight, bias, out, summed = tensors
+    num_groups, stride_xm, stride_rm, eps = numbers
+    num_rows, num_cols = x_MN.shape
+    moments = torch.empty((num_rows, split, 2), dtype=torch.float32, device=x_MN.device)
+    lanes = {"SPLIT": split, "SPLIT_LANES": 1 << (split - 1).bit_length()}
+    if split * options["BLOCK_N"] >= num_cols and split <= _most_waiting(x_MN.device):
+        arrivals = torch.zeros(num_rows + 1, dtype=torch.int32, device=x_MN.device)
+        _launcher(_joined_kernel)[(num_rows * split,)](
+            *tensors, moments, arrivals, num_cols, num_groups, stride_xm, stride_rm, eps, HAS_RESIDUAL=has_residual,
+            **lanes, **affine, **options,
         )  # fmt: skip
         return
     options["NUM_STAGES"] = num_stages
-    moments = torch.empty((num_rows, split, 2), dtype=torch.float32, device=x_MN.device)
     _launcher(_chunk_kernel)[(num_rows * split,)](
-        x_MN, residual_MN, summed, moments, num_rows, num_cols, x_MN.stride(0), stride_rm,
+        x_MN, residual_MN, summed, moments, num_rows, num_cols, stride_xm, stride_rm,
         HAS_RESIDUAL=has_residual, SPLIT=split, **options,
     )  # fmt: skip
-    source, stride_m = (summed, num_cols) if has_residual else (x_MN, x_MN.stride(0))
+    source, stride_m = (summed, num_cols) if has_residual else (x_MN, stride_xm)
     _launcher(_apply_kernel)[(num_rows * split,)](
-        source, moments, weight_or_x, bias_or_x, out, num_rows, num_cols, num_groups, stride_m, eps,
-        SPLIT=split, SPLIT_LANES=1 << (split - 1).bit_length(), **affine, **options,
+        source, moments, weight, bias, out, num_rows, num_cols, num_groups, stride_m, eps, **lanes, **affine, **options,
     )  # fmt: skip

@@ -8,6 +8,9 @@ MAX_TILE = 16384
 """Elements that one program may hold: 512 threads with 32 fp32 values each; above it registers spill."""
 ENOUGH_ROWS = 264
 """Two programs for each multiprocessor of an H200: from here on a row to a program fills the machine."""
+MAX_WAITING = 128
+"""Programs of one row that may wait for each other; `row_moments` lets no more wait than the device has
+multiprocessors."""
 _SHARED_MEMORY_BYTES = 227 * 1024
 """What one block may use on Hopper (compute capability 9.0)."""
 
@@ -30,6 +33,7 @@ def row_space(
     whole_row = max(16, next_power_of_two(num_cols))
     blocks = sorted({block for block in (1024, 2048, 4096, 8192) if block < whole_row} | {min(whole_row, MAX_TILE)})
     most_rows = next_power_of_two(num_rows)
+    joined = {-(-num_cols // block) for block in blocks if MAX_TILE < num_cols <= block * MAX_WAITING}
 
     def is_valid(point: dict[str, int]) -> bool:
         """Leave out what cannot run or only repeats another config."""
@@ -56,7 +60,7 @@ def row_space(
         {
             "BLOCK_N": tuple(blocks),
             "ROWS_PER_PROGRAM": (1, 2, 4, 8, 16),
-            "SPLIT": (1, 4, 8, 16, 32, 64, 128, 256, 512),
+            "SPLIT": tuple(sorted({1, 4, 8, 16, 32, 64, 128, 256, 512} | joined)),
             "num_warps": (1, 2, 4, 8, 16),
             "num_stages": (1, 2, 3),
         },
@@ -66,12 +70,18 @@ def row_space(
 
 
 def _is_worth_splitting(point: dict[str, int], num_rows: int, num_cols: int) -> bool:
-    """Split rows only where they are long and too few for the machine, into whole blocks, and not into crumbs."""
-    num_programs = point["SPLIT"] * num_rows
+    """Split rows into the blocks that hold them; else only where they are too few for the machine, not into crumbs."""
+    num_programs, held = point["SPLIT"] * num_rows, point["SPLIT"] * point["BLOCK_N"]
+    if num_cols <= MAX_TILE:
+        return False
+    if held >= num_cols:
+        values_per_thread = point["BLOCK_N"] / (32 * point["num_warps"])
+        is_fewest = held - point["BLOCK_N"] < num_cols
+        is_plain = point["ROWS_PER_PROGRAM"] == point["num_stages"] == 1
+        return is_fewest and is_plain and point["SPLIT"] <= MAX_WAITING and 8 <= values_per_thread <= 32
     return (
-        num_cols > MAX_TILE
-        and num_rows < 2 * ENOUGH_ROWS
-        and point["BLOCK_N"] * point["SPLIT"] <= num_cols
+        num_rows < 2 * ENOUGH_ROWS
+        and not point["SPLIT"] & (point["SPLIT"] - 1)
         and min(16, num_cols // 1024) <= num_programs <= 8192
         and 4 * num_programs >= min(ENOUGH_ROWS, num_rows * num_cols // 4096)
         and point["ROWS_PER_PROGRAM"] == 1
@@ -81,10 +91,18 @@ def _is_worth_splitting(point: dict[str, int], num_rows: int, num_cols: int) -> 
 
 
 def row_default(num_rows: int, num_cols: int) -> dict[str, int]:
-    """A whole row in one block where it fits; long rows in loops, and split into about 4000 programs when few."""
+    """A whole row in one block where it fits, in blocks that wait for each other where 128 of them hold it.
+
+    Longer rows in loops, and split into about 4000 programs when few.
+    """
     if num_cols <= MAX_TILE:
         rule = row_rule((num_rows, num_cols), block_n=next_power_of_two(num_cols), values_per_thread=16)
         return rule | {"SPLIT": 1}
+    for block, most_idle in ((8192, 0.15), (4096, 0.15), (MAX_TILE, 1.0)):
+        split = -(-num_cols // block)
+        if split <= MAX_WAITING and split * block <= (1 + most_idle) * num_cols:
+            warps = min(16, block // 512)
+            return {"BLOCK_N": block, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": warps, "num_stages": 1}
     split = 1 if num_rows >= ENOUGH_ROWS else next_power_of_two(4096 // num_rows)
     split = min(split, next_power_of_two(num_cols // 16384))
     return {"BLOCK_N": 4096, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": 8, "num_stages": 3}

@@ -26,6 +26,8 @@ _ORDER = (
     "cumsum",
     # Layouts last, around what the convolutions have become.
     "channels_last",
+    # In the layout that they have now.
+    "depthwise_conv",
     "keep_eager",
 )
 

@@ -24,11 +24,16 @@ SITES = {
         st.integers(1, 9), st.integers(1, 9), st.integers(1, 128), st.integers(1, 5000), st.integers(1, 256)
     ),
     "split_gemm": st.tuples(*[st.integers(1, 5000)] * 4),
+    # Images and channels, three extents, three of taps, strides and dilations each, the layout.
+    "depthwise_conv": st.tuples(
+        *[st.integers(1, 500)] * 5, *[st.integers(1, 64)] * 3, *[st.integers(1, 4)] * 6, st.integers(1, 2)
+    ),
 }
 """The shapes of templates that do not count a tensor's rows and columns."""
 SHAPES = {
     "channel_norm": (4, 6, 10), "group_norm": (4, 6, 10), "skinny_gemm": (4, 8, 8),
     "decode_attention": (1, 2, 4, 8, 8), "split_gemm": (1, 16, 16, 16),
+    "depthwise_conv": (2, 4, 1, 6, 8, 1, 3, 3, 1, 1, 1, 1, 1, 1, 1),
 }  # fmt: skip
 ROWS = st.lists(st.integers(1, 5000), min_size=1, max_size=3).map(tuple)
 sites = st.sampled_from(NAMES).flatmap(lambda name: st.tuples(st.just(name), SITES.get(name, ROWS)))
