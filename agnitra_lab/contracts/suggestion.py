@@ -130,9 +130,13 @@ class SuggestionRound(Contract):
     rejected: tuple[Rejected, ...] = ()
     best_latency_ms: dict[str, Positive] = {}
     """The best measurement of each site when the question was asked."""
+    measured_on: dict[str, str] = {}
+    """Sites whose figures are of another device, such as "recorded: NVIDIA H200"."""
     usage: LLMUsage = LLMUsage()
     error: str | None = None
     """Why the answer could not be used at all."""
+    raw_text: str | None = None
+    """The answer, redacted and cut."""
 
 
 StopReason = Literal[

@@ -31,11 +31,11 @@ from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
 from agnitra_lab.graph import semantics
 from agnitra_lab.graph.cost import read_once_bytes
-from agnitra_lab.llm.client import ChatClient
-from agnitra_lab.llm.settings import resolve as resolve_llm
 from agnitra_lab.loop import filing, preflight
+from agnitra_lab.loop.advice import Advice, kernel_sites
 from agnitra_lab.loop.chooser import Chooser
 from agnitra_lab.loop.kernel_lab import KernelLab
+from agnitra_lab.loop.language_model import client_of, limits_of
 from agnitra_lab.loop.refinement import Refinement
 from agnitra_lab.loop.regions import regions
 from agnitra_lab.loop.rehearsal import Rehearsal
@@ -50,7 +50,8 @@ from agnitra_lab.report import assemble, page
 from agnitra_lab.runs import provenance, summary
 from agnitra_lab.runs.markdown import run_markdown
 from agnitra_lab.runs.store import Run, RunStore
-from agnitra_lab.suggest.propose import propose
+from agnitra_lab.suggest.rounds import Rounds
+from agnitra_lab.suggest.sites import KernelSite
 
 Progress = Callable[[Checkpoint], None]
 # The FLOPs of the original graph are no floor for a candidate that provably needs fewer.
@@ -69,6 +70,8 @@ class Optimization:
         preflight.check_runs(workload)
         self.workload = workload
         self.settings = settings
+        # A recording that cannot be read, or a budget without a price, is known before anything runs.
+        self._limits, self._client = limits_of(settings), client_of(settings)
         self.checkpoints: list[Checkpoint] = []
         self.on_checkpoint = on_checkpoint
         self.device = info.device_of(workload.model, workload.args, workload.kwargs)
@@ -79,6 +82,7 @@ class Optimization:
         self.telemetry: Telemetry
         self.profile_of_workload = WorkloadProfile(workload_type=WorkloadType.UNKNOWN, patterns=(), confidence=0.0)
         self.proposal: Proposal
+        self.advice: Advice | None = None
         self.searches: list[SearchResult] = []
         self.kernels = templates.KernelBook()
         self.tuned: Mapping[Site, KernelConfig] = {}
@@ -127,15 +131,19 @@ class Optimization:
     def suggest(self) -> Proposal:
         """Ask for things to try: the language model where there is one, presets otherwise."""
         started = time.monotonic()
-        client = self._llm_client()
-        self.proposal = propose(
+        client, findable = self._client, self._findable()
+        rounds = Rounds(
             self.telemetry.record,
             self.profile_of_workload,
             self.device_info,
-            findable=self._findable(),
+            findable=findable,
+            sites=self._kernel_sites(has_adviser=client is not None),
             client=client,
+            limits=self._limits,
             is_llm_requested=self.settings.suggest == "llm",
         )
+        rounds.ask()
+        self.advice, self.proposal = Advice(rounds), rounds.proposal
         self.run.write_json("reports", "suggestions.json", self.proposal)
         fallback = self.proposal.fallback
         if fallback is not None:
@@ -154,8 +162,11 @@ class Optimization:
             reason = "kernel search is off" if found else "no kernel template fits this graph"
             self._checkpoint("refine", reason, started, "skipped")
             return self.searches
-        refining = Refinement(self.settings, self.device_info, self.lab, self.proposal.suggestions)
+        refining = Refinement(self.settings, self.device_info, self.lab, self.proposal.suggestions, self.advice)
         self.searches, notes = refining.run(found)
+        if self.advice is not None and self.advice.num_measured:
+            self.proposal = self.advice.rounds.proposal
+            self.run.write_json("reports", "suggestions.json", self.proposal)
         self.tuned, self.refused = refining.tuned, refining.refused
         for result in self.searches:
             site = Site(result.space_template, result.shape, result.dtype)
@@ -298,12 +309,11 @@ class Optimization:
         if self.on_checkpoint:
             self.on_checkpoint(point)
 
-    def _llm_client(self) -> ChatClient | None:
-        given = self.settings
-        if given.suggest == "preset":
-            return None
-        resolved = resolve_llm(given.llm_base_url, given.llm_api_key, given.llm_model, given.llm_deadline_s)
-        return ChatClient(resolved) if resolved else None
+    def _kernel_sites(self, *, has_adviser: bool) -> tuple[KernelSite, ...]:
+        if self.settings.sampler is None:
+            return ()
+        is_measured = self.lab is not None and why_no_kernels() is None
+        return kernel_sites(self._surveyed, is_measured=is_measured, has_adviser=has_adviser)
 
     def _findable(self) -> frozenset[str]:
         """Ask the rewrites themselves what they would change in the graph, and where templates would go."""

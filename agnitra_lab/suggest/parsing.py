@@ -81,11 +81,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was taken of an answer, and what was not."""
+    """What was taken of an answer, and what was not.
+
+    Attributes:
+        suggestions: in the answer's order; empty when it only repeats what is known.
+        rejected: the others.
+        num_proposed: both together.
+        raw_text: the answer, redacted and cut.
+    """
 
     suggestions: tuple[Suggestion, ...]
     rejected: tuple[Rejected, ...]
     num_proposed: int
+    raw_text: str
 
 
 @dataclass
@@ -187,7 +195,7 @@ def parse(text: str, *, model: str, asked: Asked | None = None) -> Answer:
         others with their reasons.
 
     Raises:
-        InvalidAnswerError: no such document, or not one suggestion that can be taken.
+        InvalidAnswerError: no such document, or not one suggestion that can be taken or is known already.
     """
     asked = asked or Asked()
     try:
@@ -203,7 +211,8 @@ def parse(text: str, *, model: str, asked: Asked | None = None) -> Answer:
             reader.read(position, item)
         except InvalidAnswerError as error:
             refusals.append((position, error))
-    if not reader.taken:
+    # A model that agrees with what is known already is no use, and not wrong either.
+    if not reader.taken and any(error.reason != "repeated" for _, error in refusals):
         first = refusals[0][1].message
         others = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
         is_malformed = any(error.kind == "malformed" for _, error in refusals)
@@ -212,7 +221,7 @@ def parse(text: str, *, model: str, asked: Asked | None = None) -> Answer:
         Rejected(position=position, reason=error.reason or "bad_field", detail=error.message)
         for position, error in refusals
     )
-    return Answer(tuple(reader.taken.values()), rejected, len(items))
+    return Answer(tuple(reader.taken.values()), rejected, len(items), reader.raw_text)
 
 
 def identity_of(suggestion: Suggestion) -> tuple[str, str]:

@@ -112,7 +112,7 @@ def build(
     Returns:
         A system and a user message, redacted. The user message is one JSON document.
     """
-    possible = evidence.possible_actions(record, profile, device, findable)
+    possible = choices(record, profile, device, findable, sites)
     facts: dict[str, Any] = {
         "prompt_version": PROMPT_VERSION,
         "device": _device_facts(device),
@@ -125,11 +125,14 @@ def build(
     if sites:
         trials = (feedback.trials if feedback else None) or {}
         del facts["answer_fields"]
-        facts["multiprocessor"] = kernel_facts.multiprocessor_facts(device)
+        facts["multiprocessor"] = kernel_facts.multiprocessor_facts(sites[0].device or device)
         facts["params"] = kernel_facts.meanings(sites)
         facts["answer_fields"] = _ranges(possible, sites)
         facts["kernel_sites"] = [
-            kernel_facts.site_facts(site, device, record.peaks, trials.get(site.key, ())) for site in sites
+            kernel_facts.site_facts(
+                site, site.device or device, None if site.device else record.peaks, trials.get(site.key, ())
+            )
+            for site in sites
         ]
     if feedback is not None and feedback.rounds:
         facts["earlier_rounds"] = _feedback_facts(feedback)
@@ -137,6 +140,18 @@ def build(
         {"role": "system", "content": _system(bool(sites), configs_per_site)},
         {"role": "user", "content": json.dumps(redact(facts), separators=(",", ":"))},
     ]
+
+
+def choices(
+    record: TelemetryRecord,
+    profile: WorkloadProfile,
+    device: DeviceInfo,
+    findable: Collection[str] | None,
+    sites: Sequence[KernelSite],
+) -> tuple[str, ...]:
+    """Return the actions that may be named: those possible here, and those of the sites, wherever these are."""
+    possible = evidence.possible_actions(record, profile, device, findable)
+    return tuple(dict.fromkeys((*possible, *(site.space.template for site in sites if site.space.template in ACTIONS))))
 
 
 def _system(has_sites: bool, configs_per_site: int) -> str:

@@ -69,7 +69,7 @@ class Rounds:
         limits: Limits | None = None,
         is_llm_requested: bool = False,
     ) -> None:
-        """Begin.
+        """Take what the questions are about.
 
         Args:
             record: the measured profile.
@@ -90,7 +90,8 @@ class Rounds:
         self._client = client
         self._limits = limits or Limits()
         self._spending = Spending(self._limits)
-        self._possible = evidence.possible_actions(record, profile, device, findable)
+        self._possible = prompts.choices(record, profile, device, findable, self._sites)
+        self._possible_here = evidence.possible_actions(record, profile, device, findable)
         self._heuristic = presets.suggest(record, profile, device, findable)
         self._trials: dict[str, list[Trial]] = {}
         self._actions: dict[str, str] = {}
@@ -128,10 +129,11 @@ class Rounds:
     def proposal(self) -> Proposal:
         """Everything proposed so far, best first, with the record of how it came about."""
         answered = [s for made in self.rounds for s in made.suggestions if s.source.startswith("llm:")]
+        named = [suggestion for suggestion in answered if suggestion.action in self._possible_here]
         models = [made.model for made in self.rounds if made.model is not None and made.error is None]
         is_llm = bool(answered)
         return Proposal(
-            suggestions=tuple(self._merged(answered)[:MAX_SUGGESTIONS]),
+            suggestions=tuple(self._merged(named)[:MAX_SUGGESTIONS]),
             source="llm" if is_llm else "preset",
             model=models[0] if is_llm and models else None,
             fallback=self.fallback,
@@ -170,6 +172,7 @@ class Rounds:
         bare = SuggestionRound(
             index=index, prompt_version=prompts.PROMPT_VERSION, prompt_sha256=None, suggestions=tuple(first),
             best_latency_ms=self._best(),
+            measured_on={s.key: f"recorded: {s.device.name}" for s in self._sites if s.device is not None},
         )  # fmt: skip
         if self._client is None:
             return bare
@@ -203,8 +206,12 @@ class Rounds:
             answer = parsing.parse(reply.text, model=reply.model, asked=asked)
             # Rewrites in the order of what is expected of them; configs in the model's own order.
             taken = sorted(answer.suggestions, key=lambda s: 0.0 if s.config is not None else s.expected_latency_ms)
-            facts |= {"suggestions": (*bare.suggestions, *taken), "num_proposed": answer.num_proposed}
-            facts["rejected"] = answer.rejected
+            facts |= {
+                "raw_text": answer.raw_text,
+                "suggestions": (*bare.suggestions, *(_without_copy(suggestion) for suggestion in taken)),
+                "num_proposed": answer.num_proposed,
+                "rejected": answer.rejected,
+            }
         except (LLMError, MissingError) as error:
             facts["error"] = str(error)
             self._give_up(error, _wall_ms(started_s))
@@ -234,7 +241,9 @@ class Rounds:
         return [
             _preset(site, config, rank, expected.get(site.space.template), base_ms)
             for site in self._sites
-            for rank, config in enumerate(ranked(site.space, self._device, limit=self._limits.configs_per_round))
+            for rank, config in enumerate(
+                ranked(site.space, site.device or self._device, limit=self._limits.configs_per_round)
+            )
         ]
 
     def _merged(self, answered: list[Suggestion]) -> list[Suggestion]:
@@ -264,6 +273,11 @@ def _preset(site: KernelSite, config: KernelConfig, rank: int, rule: Suggestion 
         site=site.key,
         config=config,
     )
+
+
+def _without_copy(suggestion: Suggestion) -> Suggestion:
+    """Leave the answer's text with the round: a copy for each of its many configs would be most of the file."""
+    return suggestion if suggestion.config is None else suggestion.model_copy(update={"raw_text": None})
 
 
 def _wall_ms(started_s: float) -> float:

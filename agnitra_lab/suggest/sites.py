@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.search import KernelConfig, SearchSpace, Trial
 
@@ -39,6 +40,7 @@ class KernelSite:
         flops: of one call.
         num_nodes: how many nodes of the graph it stands for.
         siblings: landscapes of the template from elsewhere.
+        device: where it is measured, when that is not the profile's device: a recording answers for another one.
     """
 
     space: SearchSpace
@@ -46,6 +48,7 @@ class KernelSite:
     flops: int | None = None
     num_nodes: int = 1
     siblings: tuple[Sibling, ...] = field(default=())
+    device: DeviceInfo | None = None
 
     @property
     def key(self) -> str:
