@@ -121,11 +121,13 @@ def _space_facts(space: SearchSpace) -> dict[str, Any]:
 
 def _bounds(configs: Sequence[KernelConfig]) -> dict[str, list[float]]:
     """Return what all valid configs have in common: how large a tile is, and how many values a thread holds."""
-    measures = {"tile_elements": _tile, "values_per_thread": lambda p: _tile(p) / (32 * p.get("num_warps", 1))}
-    found: Mapping[str, list[float]] = {
-        name: sorted(float(measure(config.params)) for config in configs) for name, measure in measures.items()
+    tiles = [(float(_tile(config.params)), config.params.get("num_warps", 1)) for config in configs]
+    elements = [tile for tile, _ in tiles]
+    per_thread = [tile / (32 * warps) for tile, warps in tiles]
+    return {
+        "tile_elements": [min(elements), max(elements)],
+        "values_per_thread": [min(per_thread), max(per_thread)],
     }
-    return {name: [values[0], values[-1]] for name, values in found.items()}
 
 
 def _tile(params: Mapping[str, int]) -> int:

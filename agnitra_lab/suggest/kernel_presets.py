@@ -8,7 +8,7 @@ preset's neighbours, so that even an unknown template has presets.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.search import KernelConfig, SearchSpace
@@ -16,6 +16,8 @@ from agnitra_lab.suggest.device_class import DeviceFacts, facts_of
 from agnitra_lab.suggest.kernel_rules import RULES, KernelSituation, Target, shared_memory_bytes
 
 NUM_PRESETS = 8
+ENUMERATED_BYTES = 227 * 1024
+"""The shared memory that templates enumerate their spaces for: a device with as much needs no second look."""
 
 
 def ranked(space: SearchSpace, device: DeviceInfo | None, *, limit: int = NUM_PRESETS) -> tuple[KernelConfig, ...]:
@@ -45,7 +47,7 @@ def ranked(space: SearchSpace, device: DeviceInfo | None, *, limit: int = NUM_PR
 def _in_order(space: SearchSpace, situation: KernelSituation, fitting: list[KernelConfig]) -> Iterator[KernelConfig]:
     rule = RULES.get(space.template)
     if situation.device.name == "none":
-        yield from sorted(fitting, key=lambda config: (_num_programs_rank(config.params), config.key()))
+        yield from sorted(fitting, key=lambda config: _num_programs_rank(config.params))
         return
     targets = rule(situation) if rule is not None else [_middle(space)]
     snapped = [_nearest(fitting, target, space) for target in targets]
@@ -53,21 +55,28 @@ def _in_order(space: SearchSpace, situation: KernelSituation, fitting: list[Kern
     yield from _neighbours(fitting, snapped[0])
 
 
-def _nearest(configs: Iterable[KernelConfig], target: Target, space: SearchSpace) -> KernelConfig:
+def _nearest(configs: Sequence[KernelConfig], target: Target, space: SearchSpace) -> KernelConfig:
     """Return the config nearest to a target, in steps of powers of two; the space's first parameters count first."""
-    return min(configs, key=lambda config: tuple(_steps(config.params[n], target.get(n)) for n in space.params))
+    nearest = configs
+    for name in space.params:
+        if name in target:
+            steps = {value: _steps(value, target[name]) for value in {config.params[name] for config in nearest}}
+            least = min(steps.values())
+            nearest = [config for config in nearest if steps[config.params[name]] == least]
+    return nearest[0]
 
 
-def _neighbours(configs: Iterable[KernelConfig], centre: KernelConfig) -> list[KernelConfig]:
-    """Return all configs, the nearest to the first preset first."""
-    return sorted(
-        configs,
-        key=lambda config: (sum(_steps(config.params[n], v) for n, v in centre.params.items()), config.key()),
-    )
+def _neighbours(configs: Sequence[KernelConfig], centre: KernelConfig) -> list[KernelConfig]:
+    """Return all configs, the nearest to the first preset first; ties in the space's order."""
+    steps = {
+        name: {value: _steps(value, wanted) for value in {config.params[name] for config in configs}}
+        for name, wanted in centre.params.items()
+    }
+    return sorted(configs, key=lambda config: sum(steps[name][value] for name, value in config.params.items()))
 
 
-def _steps(value: int, wanted: int | None) -> float:
-    return 0.0 if wanted is None else abs(math.log2(max(value, 1)) - math.log2(max(wanted, 1)))
+def _steps(value: int, wanted: int) -> float:
+    return abs(math.log2(max(value, 1)) - math.log2(max(wanted, 1)))
 
 
 def _middle(space: SearchSpace) -> Target:
@@ -76,8 +85,10 @@ def _middle(space: SearchSpace) -> Target:
 
 def _fits(config: KernelConfig, situation: KernelSituation) -> bool:
     device: DeviceFacts = situation.device
+    if device.shared_memory_bytes >= ENUMERATED_BYTES:
+        return True
     needed = shared_memory_bytes(config.template, config.params, situation)
-    return needed <= device.shared_memory_bytes and 32 * config.params.get("num_warps", 1) <= 1024
+    return needed <= device.shared_memory_bytes
 
 
 def _num_programs_rank(params: Target) -> float:
