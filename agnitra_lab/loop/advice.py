@@ -146,6 +146,19 @@ class Advice:
         self.num_measured += 1
         self.rounds.tell(place.site.key(), [known[config.key()]])
 
+    @property
+    def note(self) -> str | None:
+        """What the conversation was, in a line; None where no language model was asked."""
+        proposal = self.rounds.proposal
+        if proposal.usage is None:
+            return None
+        taken = sum(s.source.startswith("llm:") for made in proposal.rounds for s in made.suggestions)
+        dropped = sum(len(made.rejected) for made in proposal.rounds)
+        return (
+            f"language model: {proposal.usage.num_questions} questions, {taken} suggestions taken and {dropped} not, "
+            f"{self.num_measured} configs measured"
+        )
+
     def seeds(self, site: Site) -> list[KernelConfig]:
         """Return the configs for a search to begin with: those measured, fastest first, then those only proposed."""
         measured = sorted(self._trials.get(site.key(), {}).values(), key=lambda trial: trial.latency_ms or float("inf"))

@@ -167,6 +167,7 @@ class Optimization:
         if self.advice is not None and self.advice.num_measured:
             self.proposal = self.advice.rounds.proposal
             self.run.write_json("reports", "suggestions.json", self.proposal)
+            notes = [*filter(None, [self.advice.note]), *notes]
         self.tuned, self.refused = refining.tuned, refining.refused
         for result in self.searches:
             site = Site(result.space_template, result.shape, result.dtype)

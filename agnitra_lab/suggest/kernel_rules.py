@@ -57,12 +57,13 @@ def rows_in_one_block(num_rows: int, block: int, device: DeviceFacts) -> list[Ta
     """
     few = num_rows < 4 * device.num_multiprocessors
     short = max(1, 1024 // block) if num_rows >= 1024 else 1
-    shapes = (
-        [(1, 16), (1, 8), (1, 4), (1, 32), (1, 64)] if few else [(1, 16), (4, 16), (1, 8), (2, 8), (1, 64), (2, 16)]
-    )
-    if device.name == "consumer" and not few:
-        # Half the registers' worth of threads (1536) a multiprocessor: fewer rows at once, more loads each.
-        shapes = [(1, 16), (1, 32), (2, 16), (1, 8), (2, 32), (4, 16)]
+    if few:
+        shapes = [(1, 16), (1, 8), (1, 4), (1, 32), (1, 64)]
+    elif device.name == "consumer":
+        # Fewer resident threads a multiprocessor: fewer rows at once, more loads each.
+        shapes = [(1, 16), (1, 32), (2, 16), (1, 8), (2, 32), (4, 16), (1, 64)]
+    else:
+        shapes = [(1, 16), (4, 16), (1, 8), (2, 8), (1, 32), (2, 16), (1, 64), (4, 32), (1, 4)]
     return [
         {
             "BLOCK_N": block,
@@ -75,7 +76,7 @@ def rows_in_one_block(num_rows: int, block: int, device: DeviceFacts) -> list[Ta
     ]
 
 
-def _warps(tile: int, values_per_thread: int, most: int = 16) -> int:
+def _warps(tile: int, values_per_thread: int, most: int = 32) -> int:
     return max(1, min(most, tile // (32 * values_per_thread)))
 
 
@@ -133,11 +134,24 @@ def _group_norm(s: KernelSituation) -> list[Target]:
 
 def _softmax(s: KernelSituation) -> list[Target]:
     """Measured on an H100: 512 rows of 131,072 in bf16 take 122 us in blocks of 8192, 125 us in blocks of 16384."""
+    block = max(16, next_power_of_two(s.num_cols))
+    if s.num_cols <= 4096:
+        return rows_in_one_block(s.num_rows, block, s.device)
     if s.num_cols <= 32768:
-        block = max(16, next_power_of_two(s.num_cols))
-        whole = rows_in_one_block(s.num_rows, block, s.device)
-        # Very wide rows want every warp: 1024 values a warp at most.
-        return [{**target, "num_warps": max(target["num_warps"], block // 1024)} for target in whole]
+        whole = {
+            "BLOCK_N": block,
+            "ROWS_PER_PROGRAM": 1,
+            "SPLIT": 1,
+            "num_warps": min(32, block // 512),
+            "num_stages": 1,
+        }
+        halves = {**whole, "BLOCK_N": block // 2, "SPLIT": -(-2 * s.num_cols // block)}
+        loop = {**whole, "BLOCK_N": 4096, "num_warps": 8, "num_stages": 3}
+        return [
+            whole, {**whole, "num_warps": min(32, block // 1024)}, {**whole, "num_warps": 32},
+            {**halves, "num_warps": min(32, block // 1024)}, {**whole, "num_warps": block // 2048},
+            {**whole, "ROWS_PER_PROGRAM": 2}, loop, {**loop, "BLOCK_N": 8192, "num_stages": 2},
+        ]  # fmt: skip
     joined = [
         {"BLOCK_N": block, "ROWS_PER_PROGRAM": 1, "SPLIT": -(-s.num_cols // block), "num_warps": warps, "num_stages": 1}
         for block, warps in ((8192, 16), (8192, 8), (16384, 16), (4096, 8), (16384, 32), (32768, 32))
@@ -155,11 +169,13 @@ def _cross_entropy(s: KernelSituation) -> list[Target]:
     split = min(next_power_of_two(wanted), max(1, s.num_cols // 8192))
     block, stages = (4096, 4) if s.num_cols <= 65536 else (8192, 3)
     base = {"BLOCK_N": block, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": 8, "num_stages": stages}
-    other = {**base, "BLOCK_N": 12288 - block, "num_stages": 7 - stages}
+    first = [base, {**base, "BLOCK_N": 12288 - block, "num_stages": 7 - stages}, {**base, "num_warps": 16}]
+    if split > 1:
+        first += [{**base, "SPLIT": 2 * split}, {**base, "SPLIT": max(1, split // 2)}]
     return [
-        base, other, {**base, "num_warps": 16}, {**base, "SPLIT": 2 * split}, {**base, "SPLIT": max(1, split // 2)},
-        {**base, "BLOCK_N": 2048, "num_warps": 4}, {**base, "num_warps": 4},
-        {**base, "BLOCK_N": 16384, "num_warps": 16},
+        *first, {**base, "BLOCK_N": 8192, "num_warps": 16, "num_stages": 3}, {**base, "num_warps": 4},
+        {**base, "BLOCK_N": 32768, "num_warps": 32, "num_stages": 1}, {**base, "BLOCK_N": 2048, "num_warps": 4},
+        {**base, "BLOCK_N": 16384, "num_warps": 16, "num_stages": 2},
     ]  # fmt: skip
 
 
@@ -208,9 +224,10 @@ def _decode_attention(s: KernelSituation) -> list[Target]:
     warps = 4 if num_r <= 32 else 8
     base = {"BLOCK_N": block, "SPLIT": split, "num_warps": warps, "num_stages": 2}
     return [
-        base, {**base, "BLOCK_N": block // 2}, {**base, "SPLIT": 2 * split}, {**base, "num_warps": warps // 2},
-        {**base, "SPLIT": max(1, split // 2)}, {**base, "BLOCK_N": block // 2, "num_warps": warps // 2},
-        {**base, "BLOCK_N": 2 * block}, {**base, "num_stages": 3},
+        base, {**base, "SPLIT": 2 * split}, {**base, "BLOCK_N": 2 * block}, {**base, "num_stages": 3},
+        {**base, "BLOCK_N": block // 2, "num_warps": warps // 2}, {**base, "SPLIT": 3 * split // 2},
+        {**base, "BLOCK_N": 2 * block, "SPLIT": 2 * split, "num_warps": 2 * warps},
+        {**base, "SPLIT": max(1, split // 2), "num_stages": 3},
     ]  # fmt: skip
 
 

@@ -148,3 +148,20 @@ def test_settings_that_cannot_be_kept_are_known_before_anything_runs(workload, t
     with pytest.raises(UsageError, match=message):
         loop_of(workload, tmp_path, suggest="llm", **settings)
     assert not (tmp_path / "artifacts").exists() or not list((tmp_path / "artifacts").rglob("*.json"))
+
+
+def test_the_shell_answers_from_a_recording_and_says_what_each_round_did(tmp_path, monkeypatch, capsys):
+    from agnitra_lab.cli import app
+
+    monkeypatch.setattr("agnitra_lab.cli.suggest_console._console.width", 200, raising=False)
+    monkeypatch.setattr(sys, "argv", ["agnitra", "suggest"])
+    replies = Path(__file__).parents[2] / "fixtures" / "replies" / "llama_decode.json"
+    arguments = ["suggest", "demo:llama-decode@tiny", "--rounds", "4", "--llm-replies", str(replies), "--budget", "60"]
+    assert app([*arguments, "--artifacts", str(tmp_path)], standalone_mode=False) == 0
+    said = capsys.readouterr().out
+    assert "llm:recorded:written-by-hand" in said
+    assert "recorded: NVIDIA H200" in said
+    assert "Round 2 (agnitra.suggest.v2): 4 proposed" in said
+    assert "2 questions (2 from cache or recording), 0 tokens in and 0 out, no price given" in said
+    assert "the last round gained nothing" in said
+    assert "agnitra_lab" not in said

@@ -16,7 +16,13 @@ from agnitra_lab.suggest.rounds import Rounds
 from agnitra_lab.suggest.sites import KernelSite
 
 ROOT = Path(__file__).parents[3]
-LANDSCAPES = sorted((ROOT / "fixtures" / "landscapes").glob("*.json"))
+_FOLDER = ROOT / "fixtures" / "landscapes"
+LANDSCAPES = sorted(
+    path
+    for name in ("rms_norm__*x2048", "rms_norm__16384x4096", "swiglu__")
+    for path in _FOLDER.glob(f"{name}*h200.json")
+)
+"""The landscapes that these tests are about; the benchmark of suggestions judges every recorded one."""
 
 
 def landscape(name: str = "rms_norm__4096x2048") -> replay.Landscape:

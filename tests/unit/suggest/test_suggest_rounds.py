@@ -6,7 +6,7 @@ import json
 from decimal import Decimal
 
 import pytest
-from kernel_samples import begin, choice, landscape, measured, ranked_by_truth, site_of
+from kernel_samples import ROOT, begin, choice, landscape, measured, ranked_by_truth, site_of
 from suggest_samples import CPU, decoder_profile, decoder_record, suggestion_json
 
 from agnitra_lab.contracts.suggestion import Proposal
@@ -290,3 +290,16 @@ def test_the_answers_text_stands_once_with_its_round():
     proposal = converse(begin(answers(BY_TRUTH[:4]), SITE, limits=Limits(max_rounds=1)))
     assert proposal.rounds[0].raw_text is not None
     assert all(s.raw_text is None for s in proposal.rounds[0].suggestions)
+
+
+def test_the_replies_for_the_tutorials_choose_only_what_is_valid():
+    sites = [site_of(landscape(name)) for name in ("swiglu__1x5632", "rms_norm__1x2048")]
+    client = RecordedClient.from_file(ROOT / "fixtures" / "replies" / "llama_decode.json")
+    rounds = begin(client, *sites, limits=Limits(**SMALL))
+    while (made := rounds.ask()) is not None:
+        assert (made.error, made.rejected) == (None, ())
+        for site in sites:
+            configs = [s.config for s in made.suggestions if s.site == site.key]
+            rounds.tell(site.key, measured(landscape("__".join(site.key.split("/")[:2])), configs))
+    assert len(rounds.rounds) == 2
+    assert rounds.proposal.model == "recorded:written-by-hand"
