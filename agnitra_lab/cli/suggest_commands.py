@@ -31,6 +31,10 @@ MaxTokens = Annotated[int | None, typer.Option("--llm-max-tokens", min=1, help="
 Deadline = Annotated[float, typer.Option("--llm-deadline", min=0.1, help="Seconds for one answer.")]
 Replies = Annotated[Path | None, typer.Option("--llm-replies", help="Answer from this recording; ask no server.")]
 Record = Annotated[Path | None, typer.Option("--llm-record", help="Write the replies to this file, redacted.")]
+After = Annotated[
+    Path | None,
+    typer.Option("--after", help="Report of an earlier run: the model is told what became of its rewrites."),
+]
 Cache = Annotated[bool, typer.Option("--llm-cache/--no-llm-cache", help="Keep replies in the user's cache folder.")]
 
 
@@ -48,6 +52,7 @@ def suggest(
     llm_replies: Replies = None,
     llm_record: Record = None,
     is_llm_cached: Cache = True,
+    after: After = None,
     budget_s: BudgetS = 300.0,
     is_json: Json = False,
     artifacts: Artifacts = Path("artifacts"),
@@ -59,7 +64,7 @@ def suggest(
         target, artifacts=artifacts, suggest=source.value, llm_base_url=llm_url, llm_model=llm_model,
         llm_deadline_s=llm_deadline_s, llm_rounds=rounds, llm_price=llm_price, llm_max_cost_usd=llm_max_usd,
         llm_max_tokens=llm_max_tokens, llm_replies=llm_replies, llm_record=llm_record, is_llm_cached=is_llm_cached,
-        budget_s=budget_s,
+        llm_after=after, budget_s=budget_s,
     )  # fmt: skip
     try:
         loop.profile()

@@ -31,7 +31,7 @@ from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
 from agnitra_lab.graph import semantics
 from agnitra_lab.graph.cost import read_once_bytes
-from agnitra_lab.loop import filing, preflight
+from agnitra_lab.loop import filing, outcomes, preflight
 from agnitra_lab.loop.advice import Advice, kernel_sites
 from agnitra_lab.loop.chooser import Chooser
 from agnitra_lab.loop.kernel_lab import KernelLab
@@ -72,6 +72,7 @@ class Optimization:
         self.settings = settings
         # A recording that cannot be read, or a budget without a price, is known before anything runs.
         self._limits, self._client = limits_of(settings), client_of(settings)
+        self._outcomes = outcomes.of_actions(outcomes.read_report(settings.llm_after)) if settings.llm_after else {}
         self.checkpoints: list[Checkpoint] = []
         self.on_checkpoint = on_checkpoint
         self.device = info.device_of(workload.model, workload.args, workload.kwargs)
@@ -142,6 +143,7 @@ class Optimization:
             limits=self._limits,
             is_llm_requested=self.settings.suggest == "llm",
         )
+        rounds.tell_actions(self._outcomes)
         rounds.ask()
         self.advice, self.proposal = Advice(rounds), rounds.proposal
         self.run.write_json("reports", "suggestions.json", self.proposal)

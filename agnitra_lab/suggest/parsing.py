@@ -241,10 +241,12 @@ def kernel_fields(config: KernelConfig) -> dict[str, Any]:
     is_block = block is not None and block <= 65536 and not block & (block - 1)
     return {
         "block_size": block if is_block else None,
-        "tile_shape": [rows, columns] if columns is not None and max(rows, columns) <= 65536 else None,
+        "tile_shape": [rows, columns]
+        if columns is not None and 1 <= min(rows, columns) <= max(rows, columns) <= 65536
+        else None,
         "unroll_factor": None,
-        "num_warps": params.get("num_warps"),
-        "num_stages": params.get("num_stages"),
+        "num_warps": params.get("num_warps") if params.get("num_warps") in (1, 2, 4, 8, 16, 32) else None,
+        "num_stages": params.get("num_stages") if 1 <= params.get("num_stages", 0) <= 8 else None,
     }
 
 

@@ -134,7 +134,7 @@ def build(
             )
             for site in sites
         ]
-    if feedback is not None and feedback.rounds:
+    if feedback is not None and (feedback.rounds or feedback.actions):
         facts["earlier_rounds"] = _feedback_facts(feedback)
     return [
         {"role": "system", "content": _system(bool(sites), configs_per_site)},

@@ -19,6 +19,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.graph import WorkloadProfile
 from agnitra_lab.contracts.search import KernelConfig, Trial
@@ -76,7 +77,8 @@ class Rounds:
             profile: the workload's type, phase and patterns.
             device: where it ran.
             findable: actions that the rewrites found something for; None where nobody asked them.
-            sites: search spaces, most frequent first; all have presets, the first MAX_SITES are asked about.
+            sites: search spaces of known templates, most frequent first; all have presets, the first MAX_SITES are
+                asked about.
             client: the language model; None asks nobody.
             limits: what asking may take.
             is_llm_requested: the user asked for a model, so that its absence is a fallback and not the normal case.
@@ -86,7 +88,7 @@ class Rounds:
         self.fallback: Fallback | None = None
         self._record, self._profile, self._device = record, profile, device
         self._findable = findable
-        self._sites = tuple(site for site in sites if site.space.configs)
+        self._sites = tuple(site for site in sites if site.space.configs and site.space.template in ACTIONS)
         self._client = client
         self._limits = limits or Limits()
         self._spending = Spending(self._limits)
@@ -177,10 +179,11 @@ class Rounds:
         if self._client is None:
             return bare
         asked_about = self._sites[:MAX_SITES]
+        feedback = prompts.Feedback(self.rounds, self._trials, self._actions)
         messages = prompts.build(
             self._record, self._profile, self._device, self._findable, sites=asked_about,
             configs_per_site=self._limits.configs_per_round,
-            feedback=prompts.Feedback(self.rounds, self._trials, self._actions) if self.rounds else None,
+            feedback=feedback if self.rounds or self._actions else None,
         )  # fmt: skip
         over = self._spending.why_not(messages)
         if over is not None:

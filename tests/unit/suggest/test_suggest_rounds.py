@@ -6,7 +6,7 @@ import json
 from decimal import Decimal
 
 import pytest
-from kernel_samples import ROOT, begin, choice, landscape, measured, ranked_by_truth, site_of
+from kernel_samples import ROOT, begin, choice, landscape, measured, ranked_by_truth, site_of, space_of
 from suggest_samples import CPU, decoder_profile, decoder_record, suggestion_json
 
 from agnitra_lab.contracts.suggestion import Proposal
@@ -15,6 +15,7 @@ from agnitra_lab.llm.recorded import RecordedClient
 from agnitra_lab.suggest.budget import Limits, prices_from
 from agnitra_lab.suggest.kernel_presets import ranked
 from agnitra_lab.suggest.rounds import Rounds
+from agnitra_lab.suggest.sites import KernelSite
 
 RECORDED = landscape()
 SITE = site_of(RECORDED)
@@ -252,6 +253,21 @@ def test_rewrites_are_asked_for_beside_configs_and_their_outcomes_are_told():
     assert facts_of(client, 1)["earlier_rounds"]["measured_actions"] == {"max_autotune": "1.08x of eager, kept"}
     llm = [s.action for s in rounds.proposal.suggestions if s.source.startswith("llm:")]
     assert {"max_autotune", "qkv_concat", "rms_norm"} <= set(llm)
+
+
+def test_what_an_earlier_run_measured_stands_in_the_first_question():
+    client = answers(BY_TRUTH[:1])
+    rounds = begin(client, SITE)
+    rounds.tell_actions({"max_autotune": "rejected, 0.98x of eager (slower)"})
+    rounds.ask()
+    told = facts_of(client, 0)["earlier_rounds"]
+    assert told["measured_actions"] == {"max_autotune": "rejected, 0.98x of eager (slower)"}
+
+
+def test_a_space_of_a_template_that_no_action_names_is_left_alone():
+    unknown = KernelSite(space_of("someones_own", [{"TILE": 4, "num_warps": 2}]))
+    made = begin(None, unknown, SITE).ask()
+    assert {suggestion.site for suggestion in made.suggestions} == {SITE.key}
 
 
 def test_a_site_of_a_recording_is_asked_about_on_a_cpu_and_proposes_no_kernel_for_it():
