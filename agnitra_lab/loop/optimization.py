@@ -133,8 +133,12 @@ class Optimization:
         """Ask for things to try: the language model where there is one, presets otherwise."""
         started = time.monotonic()
         client, findable = self._client, self._findable()
+        record = self.telemetry.record
+        if client is not None and record.peaks is None:
+            # Ceilings turn bytes and FLOPs into the times that a model can reason from.
+            record = record.model_copy(update={"peaks": measure_peaks(self.device, self._dtype())})
         rounds = Rounds(
-            self.telemetry.record,
+            record,
             self.profile_of_workload,
             self.device_info,
             findable=findable,

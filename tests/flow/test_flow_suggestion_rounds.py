@@ -84,6 +84,7 @@ def test_a_models_configs_are_measured_told_and_taught_to_the_search(workload, t
     assert len(adviser.facts) == len(proposal.rounds)
     told = adviser.facts[1]["kernel_sites"]
     assert all(site["measured_here"]["num_measured"] > 0 for site in told)
+    assert adviser.facts[0]["profile"]["peaks"]["copy_bandwidth_gb_per_s"] > 0
     assert all(on.startswith("recorded: NVIDIA H200") for on in proposal.rounds[0].measured_on.values())
     # What is not a valid config is counted, and the rewrite leads the proposal.
     reasons = {item.reason for item in proposal.rounds[0].rejected}
