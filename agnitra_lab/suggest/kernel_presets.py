@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.search import KernelConfig, SearchSpace
 from agnitra_lab.suggest.device_class import DeviceFacts, facts_of
-from agnitra_lab.suggest.kernel_rules import RULES, KernelSituation, Target, shared_memory_bytes
+from agnitra_lab.suggest.kernel_rules import RULES
+from agnitra_lab.suggest.kernel_situation import KernelSituation, Target, shared_memory_bytes
 
 NUM_PRESETS = 8
 ENUMERATED_BYTES = 227 * 1024

@@ -10,7 +10,8 @@ from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.generate import registry
 from agnitra_lab.suggest.device_class import CLASSES, facts_of
 from agnitra_lab.suggest.kernel_presets import NUM_PRESETS, ranked
-from agnitra_lab.suggest.kernel_rules import RULES, KernelSituation, shared_memory_bytes
+from agnitra_lab.suggest.kernel_rules import RULES
+from agnitra_lab.suggest.kernel_situation import KernelSituation, shared_memory_bytes
 
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "channel_norm": ((32, 64, 4096), (1, 512, 7), (4096, 768, 1)),

@@ -11,7 +11,7 @@ from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.refine import replay
 from agnitra_lab.suggest.device_class import CLASSES, facts_of
 from agnitra_lab.suggest.kernel_presets import NUM_PRESETS, ranked
-from agnitra_lab.suggest.kernel_rules import KernelSituation, shared_memory_bytes
+from agnitra_lab.suggest.kernel_situation import KernelSituation, shared_memory_bytes
 
 DEVICES = {
     "sm_80": DeviceInfo(type="cuda", name="A100", arch="sm80", num_multiprocessors=108),
