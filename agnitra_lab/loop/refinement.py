@@ -137,7 +137,7 @@ class Refinement:
         if place is None:
             return None
         measure, seeds = place.measure, templates.seed_configs(place.site, self._suggestions)
-        if self._advice is not None and num_trials > 1:
+        if self._advice is not None:
             measure = self._advice.remembering(place.site, measure)
             seeds = [*self._advice.seeds(place.site), *seeds]
         return search.search(

@@ -123,7 +123,7 @@ def _softmax(s: KernelSituation) -> list[Target]:
         ]  # fmt: skip
     joined = {**loop, "SPLIT": -(-s.num_cols // 8192), "num_warps": 16}
     return [
-        {**loop, "BLOCK_N": 32768, "num_warps": 16}, joined,
+        joined, {**loop, "BLOCK_N": 32768, "num_warps": 16},
         {**loop, "BLOCK_N": 1024, "SPLIT": 64, "num_warps": 1, "num_stages": 2},
         {**loop, "num_warps": 16, "num_stages": 3}, {**loop, "BLOCK_N": 16384, "num_warps": 16},
         {**joined, "num_warps": 8}, {**loop, "BLOCK_N": 32768, "num_warps": 32},
