@@ -161,9 +161,13 @@ class Advice:
 
     def seeds(self, site: Site) -> list[KernelConfig]:
         """Return the configs for a search to begin with: those measured, fastest first, then those only proposed."""
-        measured = sorted(self._trials.get(site.key(), {}).values(), key=lambda trial: trial.latency_ms or float("inf"))
+        measured = sorted(self.trials(site), key=lambda trial: trial.latency_ms or float("inf"))
         proposed = self.rounds.proposal.configs_for(site.key())
         return list({config.key(): config for config in (*(trial.config for trial in measured), *proposed)}.values())
+
+    def trials(self, site: Site) -> tuple[Trial, ...]:
+        """Return what was measured at a site, in its order, failures too."""
+        return tuple(self._trials.get(site.key(), {}).values())
 
     def remembering(self, site: Site, measure: Measure) -> Measure:
         """Return a measure that answers once from what was measured here, so that no config is paid for twice.
@@ -171,6 +175,8 @@ class Advice:
         Each answer is given out a single time: a finalist is measured again on the device.
         """
         kept = dict(self._trials.get(site.key(), {}))
+        if not kept:
+            return measure
 
         def measured(config: KernelConfig) -> float:
             trial = kept.pop(config.key(), None)

@@ -72,6 +72,7 @@ def test_presets_and_choices_are_measured_once_each_and_lead_the_search_fastest_
     converse(advice, device)
     assert len(set(device.asked)) == len(device.asked) == advice.num_measured >= 5
     seeds = advice.seeds(NORM)
+    assert [trial.config.key() for trial in advice.trials(NORM)] == device.asked
     assert [config.key() for config in seeds[: advice.num_measured]] == sorted(
         device.asked, key=lambda key: next(device.measure(c) for c in seeds if c.key() == key)
     )
