@@ -31,11 +31,11 @@ from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
 from agnitra_lab.graph import semantics
 from agnitra_lab.graph.cost import read_once_bytes
-from agnitra_lab.loop import filing, outcomes, preflight
-from agnitra_lab.loop.advice import Advice, kernel_sites
+from agnitra_lab.loop import filing, preflight
+from agnitra_lab.loop.advice import Advice
+from agnitra_lab.loop.adviser import Adviser
 from agnitra_lab.loop.chooser import Chooser
 from agnitra_lab.loop.kernel_lab import KernelLab
-from agnitra_lab.loop.language_model import client_of, limits_of
 from agnitra_lab.loop.refinement import Refinement
 from agnitra_lab.loop.regions import regions
 from agnitra_lab.loop.rehearsal import Rehearsal
@@ -50,8 +50,6 @@ from agnitra_lab.report import assemble, page
 from agnitra_lab.runs import provenance, summary
 from agnitra_lab.runs.markdown import run_markdown
 from agnitra_lab.runs.store import Run, RunStore
-from agnitra_lab.suggest.rounds import Rounds
-from agnitra_lab.suggest.sites import KernelSite
 
 Progress = Callable[[Checkpoint], None]
 # The FLOPs of the original graph are no floor for a candidate that provably needs fewer.
@@ -71,8 +69,7 @@ class Optimization:
         self.workload = workload
         self.settings = settings
         # A recording that cannot be read, or a budget without a price, is known before anything runs.
-        self._limits, self._client = limits_of(settings), client_of(settings)
-        self._outcomes = outcomes.of_actions(outcomes.read_report(settings.llm_after)) if settings.llm_after else {}
+        self._adviser = Adviser(settings)
         self.checkpoints: list[Checkpoint] = []
         self.on_checkpoint = on_checkpoint
         self.device = info.device_of(workload.model, workload.args, workload.kwargs)
@@ -132,24 +129,13 @@ class Optimization:
     def suggest(self) -> Proposal:
         """Ask for things to try: the language model where there is one, presets otherwise."""
         started = time.monotonic()
-        client, findable = self._client, self._findable()
-        record = self.telemetry.record
-        if client is not None and record.peaks is None:
-            # Ceilings turn bytes and FLOPs into the times that a model can reason from.
-            record = record.model_copy(update={"peaks": measure_peaks(self.device, self._dtype())})
-        rounds = Rounds(
-            record,
-            self.profile_of_workload,
-            self.device_info,
-            findable=findable,
-            sites=self._kernel_sites(has_adviser=client is not None),
-            client=client,
-            limits=self._limits,
-            is_llm_requested=self.settings.suggest == "llm",
-        )
-        rounds.tell_actions(self._outcomes)
-        rounds.ask()
-        self.advice, self.proposal = Advice(rounds), rounds.proposal
+        findable = self._findable()
+        is_measured = self.lab is not None and why_no_kernels() is None
+        self.advice = self._adviser.ask(
+            self.telemetry.record, self.profile_of_workload, self.device_info, findable, self._surveyed,
+            is_measured=is_measured, peaks=lambda: measure_peaks(self.device, self._dtype()),
+        )  # fmt: skip
+        self.proposal = self.advice.rounds.proposal
         self.run.write_json("reports", "suggestions.json", self.proposal)
         fallback = self.proposal.fallback
         if fallback is not None:
@@ -315,12 +301,6 @@ class Optimization:
         self.emit("stage.completed", stage=stage, status=status, headline=headline)
         if self.on_checkpoint:
             self.on_checkpoint(point)
-
-    def _kernel_sites(self, *, has_adviser: bool) -> tuple[KernelSite, ...]:
-        if self.settings.sampler is None:
-            return ()
-        is_measured = self.lab is not None and why_no_kernels() is None
-        return kernel_sites(self._surveyed, is_measured=is_measured, has_adviser=has_adviser)
 
     def _findable(self) -> frozenset[str]:
         """Ask the rewrites themselves what they would change in the graph, and where templates would go."""
