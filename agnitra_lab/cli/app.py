@@ -80,4 +80,4 @@ def _complain(text: str) -> None:
 
 
 # Commands register themselves on `app`; they import torch and plotly only when they run.
-from agnitra_lab.cli import loop_commands, run_commands, suite_commands  # noqa: E402, F401
+from agnitra_lab.cli import loop_commands, run_commands, suggest_commands, suite_commands  # noqa: E402, F401

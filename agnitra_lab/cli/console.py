@@ -16,7 +16,6 @@ from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.measurement import CandidateResult
 from agnitra_lab.contracts.report import Checkpoint, Report
 from agnitra_lab.contracts.search import SearchResult
-from agnitra_lab.contracts.suggestion import Proposal
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.redact import redact_text
 
@@ -147,22 +146,6 @@ def print_telemetry(telemetry: Telemetry, directory: Path, target: str, *, is_js
     _line(escape(repr(telemetry)))
     _line(f"Telemetry: {directory / 'telemetry.json'}")
     _line(f"Next: agnitra benchmark {escape(target)}")
-
-
-def print_proposal(proposal: Proposal, *, is_json: bool) -> None:
-    """Ranked suggestions, with the fallback banner if there is one."""
-    if is_json:
-        _print_json(proposal)
-        return
-    if proposal.fallback:
-        _line(f"[{ORANGE}]{escape(redact_text(proposal.fallback.banner))}[/]")
-    table = Table("action", "expected ms", "source", "why")
-    for suggestion in proposal.suggestions:
-        table.add_row(
-            suggestion.action, f"{suggestion.expected_latency_ms:.3f}", escape(suggestion.source),
-            escape(redact_text(suggestion.rationale)),
-        )  # fmt: skip
-    _console.print(table)
 
 
 def print_search(result: SearchResult, landscape: Landscape, *, is_json: bool) -> None:

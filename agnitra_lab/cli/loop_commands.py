@@ -1,4 +1,4 @@
-"""Commands along the loop: demo, optimize, profile, suggest, refine, generate, benchmark."""
+"""Commands along the loop: demo, optimize, profile, refine, generate, benchmark; suggest has its own file."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def benchmark(
     """Compare one candidate with eager on TARGET; exit 1 on a regression or lost equivalence."""
     from agnitra_lab.cli import console
 
-    loop = _loop(target, artifacts=artifacts, suggest="preset", budget_s=budget_s, seed=seed, only=candidate)
+    loop = new_loop(target, artifacts=artifacts, suggest="preset", budget_s=budget_s, seed=seed, only=candidate)
     loop.on_checkpoint = None if is_json else console.print_checkpoint
     result = loop.run_all()
     console.print_comparison(result.report, is_json=is_json, paths=(result.json_path,))
@@ -123,25 +123,6 @@ def profile(
         resolve(target), artifacts=artifacts, repeat=repeat, trace=trace, command=_command()
     )
     console.print_telemetry(telemetry, directory, target, is_json=is_json)
-    return 0
-
-
-@app.command()
-def suggest(
-    target: Target,
-    source: SuggestOption = SuggestFrom.AUTO,
-    llm_url: LLMUrl = None,
-    llm_model: LLMModel = None,
-    is_json: Json = False,
-    artifacts: Artifacts = Path("artifacts"),
-) -> int:
-    """Profile TARGET and list what to try, best first."""
-    from agnitra_lab.cli import console
-
-    loop = _loop(target, artifacts=artifacts, suggest=source.value, llm_base_url=llm_url, llm_model=llm_model)
-    loop.profile()
-    console.print_proposal(loop.suggest(), is_json=is_json)
-    loop.finish_early()
     return 0
 
 
@@ -193,13 +174,14 @@ def generate(
 def _optimize(target: str, **settings: Any) -> None:
     from agnitra_lab.cli import console
 
-    loop = _loop(target, **settings)
+    loop = new_loop(target, **settings)
     loop.on_checkpoint = console.print_checkpoint
     console.print_start(loop.workload, loop.device_info)
     console.print_result(loop.run_all())
 
 
-def _loop(target: str, **settings: Any) -> Optimization:
+def new_loop(target: str, **settings: Any) -> Optimization:
+    """Make a loop over a TARGET string, once it is known that its runs can be written."""
     # Before torch is loaded and the model is built: a folder that cannot be written is known at once.
     from agnitra_lab.runs.store import RunStore
 

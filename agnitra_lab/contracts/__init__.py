@@ -18,7 +18,15 @@ from agnitra_lab.contracts.patch import PatchDescriptor, PatchLog, Refusal, Roll
 from agnitra_lab.contracts.report import STAGES, AgentNotes, Checkpoint, Report
 from agnitra_lab.contracts.run import Budget, Manifest, Meta, Results, RunSummary
 from agnitra_lab.contracts.search import KernelConfig, SearchResult, SearchSpace, Trial
-from agnitra_lab.contracts.suggestion import Fallback, Proposal, Suggestion
+from agnitra_lab.contracts.suggestion import (
+    Fallback,
+    LLMUsage,
+    Proposal,
+    Rejected,
+    Suggestion,
+    SuggestionRound,
+    TokenPrices,
+)
 from agnitra_lab.contracts.suite import SuiteAssignment, SuiteFigures, SuiteResult, SuiteSide
 from agnitra_lab.contracts.telemetry import (
     Behavior,
@@ -86,6 +94,7 @@ __all__ = [
     "Kernel",
     "KernelConfig",
     "KernelEvent",
+    "LLMUsage",
     "Latency",
     "Manifest",
     "MatchedPattern",
@@ -102,6 +111,7 @@ __all__ = [
     "Proposal",
     "Ratio",
     "Refusal",
+    "Rejected",
     "Report",
     "Results",
     "RollbackProof",
@@ -109,12 +119,14 @@ __all__ = [
     "SearchResult",
     "SearchSpace",
     "Suggestion",
+    "SuggestionRound",
     "SuiteAssignment",
     "SuiteFigures",
     "SuiteResult",
     "SuiteSide",
     "TelemetryRecord",
     "Timeline",
+    "TokenPrices",
     "Trial",
     "UsageEvent",
     "Workload",

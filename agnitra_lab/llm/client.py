@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from agnitra_lab.errors import LLMAnswerError, LLMError, LLMRefusalError
 from agnitra_lab.llm import strict_json
 from agnitra_lab.llm.deadline import Deadline, run_within
+from agnitra_lab.llm.dialect import Dialect
 from agnitra_lab.llm.exchange import MAX_BODY_BYTES, Exchange, HttpAnswer
 from agnitra_lab.llm.reply import Message, Reply
+from agnitra_lab.llm.retrying import wait_before_repeat_s
 from agnitra_lab.llm.settings import LLMSettings
 from agnitra_lab.optional import require
 from agnitra_lab.redact import REDACTED, redact_text
@@ -26,15 +30,22 @@ _HINTS = {
 
 
 class ChatClient:
-    """Asks an OpenAI-compatible server. Holds no connection between calls and is safe to share between threads."""
+    """Asks an OpenAI-compatible server. Holds no connection between calls and is safe to share between threads.
+
+    What a server was found to accept (its kind of structured output, its name for the token limit) is remembered, so
+    that only the first question of a conversation pays for finding it out.
+    """
 
     def __init__(self, settings: LLMSettings) -> None:
         self.settings = settings
+        self._dialect = Dialect()
 
     def complete(self, messages: Sequence[Message], *, schema_name: str, json_schema: Mapping[str, Any]) -> Reply:
         """Ask once and return the answer's text.
 
-        A server that refuses `response_format` (HTTP 400 or 422) is asked again without it, inside the same deadline.
+        A server that refuses the JSON schema (HTTP 400 or 422) is asked for any JSON object, then without
+        `response_format`; one that is over its rate or fails in passing is asked again after the time that it names.
+        All of it lies inside the one deadline.
 
         Args:
             messages: the conversation, in order.
@@ -56,27 +67,41 @@ class ChatClient:
         # Its import takes a second or two, once: not the server's time.
         require("openai", purpose="to ask a language model")
         deadline = Deadline(self.settings.deadline_s)
-        response_format = {
-            "type": "json_schema",
-            "json_schema": {"name": schema_name, "schema": dict(json_schema), "strict": True},
-        }
+        schema = {"name": schema_name, "schema": dict(json_schema), "strict": True}
         try:
-            answer = self._post(messages, response_format, deadline)
-            if answer.status in (400, 422):
-                answer = self._post(messages, None, deadline)
+            answer = self._answer(messages, schema, deadline)
             if answer.status != 200:
                 raise _declined(answer)
             return self._reply(answer, deadline)
         except LLMError as error:
             raise type(error)(self._public(error.message), hint=error.hint) from None
 
-    def _post(
-        self, messages: Sequence[Message], response_format: Mapping[str, Any] | None, deadline: Deadline
-    ) -> HttpAnswer:
-        if deadline.remaining_s <= 0:
-            raise deadline.expired()
-        exchange = Exchange(self.settings, read_timeout_s=deadline.remaining_s)
-        return run_within(deadline, lambda: exchange.post(messages, response_format), cut=exchange.connection.cut)
+    def _answer(self, messages: Sequence[Message], schema: Mapping[str, Any], deadline: Deadline) -> HttpAnswer:
+        """Ask in the dialect that is known, and step down from what the server refuses."""
+        dialect = self._dialect
+        while True:
+            answer = self._post(messages, dialect.options(schema, self.settings.max_output_tokens), deadline)
+            simpler = dialect.simpler(_error_message(answer.body) or "") if answer.status in (400, 422) else None
+            if simpler is None:
+                break
+            dialect = simpler
+        if answer.status == 200:
+            self._dialect = dialect
+        return answer
+
+    def _post(self, messages: Sequence[Message], options: Mapping[str, Any], deadline: Deadline) -> HttpAnswer:
+        num_repeats = 0
+        while True:
+            if deadline.remaining_s <= 0:
+                raise deadline.expired()
+            exchange = Exchange(self.settings, read_timeout_s=deadline.remaining_s)
+            post = partial(exchange.post, messages, options)
+            answer = run_within(deadline, post, cut=exchange.connection.cut)
+            wait_s = wait_before_repeat_s(answer.status, answer.retry_after_s, num_repeats)
+            if wait_s is None or wait_s >= deadline.remaining_s:
+                return answer
+            time.sleep(wait_s)
+            num_repeats += 1
 
     def _reply(self, answer: HttpAnswer, deadline: Deadline) -> Reply:
         completion = strict_json.read(answer.body, max_chars=MAX_BODY_BYTES, max_depth=64)
@@ -86,18 +111,19 @@ class ChatClient:
         usage = usage if isinstance(usage, dict) else {}
         model = completion.get("model")
         return Reply(
-            text=_content(completion),
+            text=self._without_key(_content(completion)),
             model=self._public(model) if isinstance(model, str) and model else self.settings.model,
             wall_ms=deadline.elapsed_ms,
             input_tokens=_token_count(usage.get("prompt_tokens")),
             output_tokens=_token_count(usage.get("completion_tokens")),
         )
 
+    def _without_key(self, text: str) -> str:
+        return text.replace(self.settings.api_key, REDACTED) if self.settings.api_key else text
+
     def _public(self, text: str) -> str:
         """Return `text` without the key (a server may echo it), on one line and bounded."""
-        if self.settings.api_key:
-            text = text.replace(self.settings.api_key, REDACTED)
-        text = " ".join(redact_text(text).split())
+        text = " ".join(redact_text(self._without_key(text)).split())
         text = "".join(character for character in text if character.isprintable())
         return text if len(text) <= MAX_DETAIL_CHARS else text[: MAX_DETAIL_CHARS - 3] + "..."
 
@@ -110,9 +136,10 @@ def _declined(answer: HttpAnswer) -> LLMRefusalError:
             hint="Give the address that it redirects to as the base URL.",
         )
     said = _error_message(answer.body)
-    return LLMRefusalError(
-        f"The server answered HTTP {answer.status}{': ' + said if said else ''}.", hint=_HINTS.get(answer.status)
-    )
+    hint = _HINTS.get(answer.status)
+    if answer.retry_after_s is not None:
+        hint = f"{hint or 'The server is busy.'} It asks to wait {answer.retry_after_s:.3g} s, past this deadline."
+    return LLMRefusalError(f"The server answered HTTP {answer.status}{': ' + said if said else ''}.", hint=hint)
 
 
 def _error_message(body: bytes) -> str | None:

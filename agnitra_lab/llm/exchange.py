@@ -11,6 +11,7 @@ from typing import Any
 from agnitra_lab.errors import LLMAnswerError, LLMError, LLMRefusalError, LLMTimeoutError
 from agnitra_lab.llm.deadline import Connection
 from agnitra_lab.llm.reply import Message
+from agnitra_lab.llm.retrying import retry_after_s
 from agnitra_lab.llm.settings import NO_KEY, LLMSettings
 from agnitra_lab.optional import require
 
@@ -20,10 +21,15 @@ MAX_ERROR_BODY_BYTES = 1 << 14
 
 @dataclass(frozen=True)
 class HttpAnswer:
-    """Status and body of one response; an error's body is cut at MAX_ERROR_BODY_BYTES."""
+    """Status and body of one response; an error's body is cut at MAX_ERROR_BODY_BYTES.
+
+    Attributes:
+        retry_after_s: how long the server asks to wait before the next request, None when it does not say.
+    """
 
     status: int
     body: bytes
+    retry_after_s: float | None = None
 
 
 class Exchange:
@@ -35,8 +41,12 @@ class Exchange:
         self._read_timeout_s = read_timeout_s
         self._declined: HttpAnswer | None = None
 
-    def post(self, messages: Sequence[Message], response_format: Mapping[str, Any] | None) -> HttpAnswer:
+    def post(self, messages: Sequence[Message], options: Mapping[str, Any]) -> HttpAnswer:
         """Send one chat completion request and read its response.
+
+        Args:
+            messages: the conversation.
+            options: further fields of the request, such as `response_format`.
 
         Raises:
             MissingError: the openai package is not installed.
@@ -48,8 +58,7 @@ class Exchange:
         # openai 3 is built on httpx2 and openai 2 on httpx: take the one that its own client class comes from.
         transport = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
         question: dict[str, Any] = {"model": self._settings.model, "messages": [dict(item) for item in messages]}
-        if response_format is not None:
-            question["response_format"] = dict(response_format)
+        question |= options
         try:
             with (
                 self._http_client(openai) as http_client,
@@ -93,7 +102,8 @@ class Exchange:
         """Keep a response that is no answer (redirects too), before the client reads its body without a bound."""
         if response.status_code == 200:
             return
-        self._declined = HttpAnswer(response.status_code, _first_bytes(response, MAX_ERROR_BODY_BYTES))
+        wait_s = retry_after_s(response.headers.get("retry-after"))
+        self._declined = HttpAnswer(response.status_code, _first_bytes(response, MAX_ERROR_BODY_BYTES), wait_s)
         raise ConnectionAbortedError(f"HTTP {response.status_code}")
 
     def _broken(self, error: Exception, timeouts: tuple[type[Exception], ...]) -> LLMError:

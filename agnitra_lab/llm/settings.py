@@ -29,14 +29,18 @@ class LLMSettings:
         api_key: the key for this origin; None for servers that need none. Not part of the repr.
         model: the model's name on that server.
         deadline_s: total time for one answer, from the question to the last byte.
+        max_output_tokens: limit that the server is given; None leaves it to the server.
     """
 
     base_url: str
     api_key: str | None = field(repr=False)
     model: str
     deadline_s: float = DEFAULT_DEADLINE_S
+    max_output_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.max_output_tokens is not None and self.max_output_tokens < 1:
+            raise UsageError(f"max_output_tokens is {self.max_output_tokens}; expected at least 1.")
         if not (math.isfinite(self.deadline_s) and 0 < self.deadline_s <= 3600):
             raise UsageError(f"deadline_s is {self.deadline_s}; expected seconds above 0 and at most 3600.")
         _split(self.base_url)
@@ -69,6 +73,7 @@ def resolve(
     api_key: str | None = None,
     model: str | None = None,
     deadline_s: float | None = None,
+    max_output_tokens: int | None = None,
     env: Mapping[str, str] | None = None,
 ) -> LLMSettings | None:
     """Find the server to ask: from the call, else AGNITRA_LLM_*, else OPENAI_*.
@@ -81,6 +86,7 @@ def resolve(
         api_key: key for it.
         model: model name; else AGNITRA_LLM_MODEL, else OPENAI_MODEL, else DEFAULT_MODEL.
         deadline_s: total seconds for one answer.
+        max_output_tokens: limit on one answer's tokens, None for the server's own.
         env: the environment, os.environ when None.
 
     Returns:
@@ -100,6 +106,7 @@ def resolve(
         api_key=chosen.api_key,
         model=_clean(model) or _clean(env.get("AGNITRA_LLM_MODEL")) or chosen.model or DEFAULT_MODEL,
         deadline_s=DEFAULT_DEADLINE_S if deadline_s is None else float(deadline_s),
+        max_output_tokens=max_output_tokens,
     )
 
 

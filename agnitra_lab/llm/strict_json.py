@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 from agnitra_lab.errors import LLMAnswerError
 
 MAX_DEPTH = 32
+
+_FENCE = re.compile(r"```(?:json)?[ \t]*\r?\n(?P<body>.*?)\r?\n?```", re.DOTALL | re.IGNORECASE)
+_THINKING = "</think>"
+
+
+def unwrap(text: str) -> str:
+    """Take the document out of what models put around it: a reasoning block before, one code fence around."""
+    body = text.strip().removeprefix("\ufeff")
+    if body.startswith("<think>") and _THINKING in body:
+        body = body.partition(_THINKING)[2].strip()
+    if body.startswith("```"):
+        fenced = _FENCE.fullmatch(body)
+        return fenced["body"] if fenced else body
+    return body
 
 
 def read(text: str | bytes, *, max_chars: int, max_depth: int = MAX_DEPTH) -> Any:

@@ -31,9 +31,9 @@ from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
 from agnitra_lab.graph import semantics
 from agnitra_lab.graph.cost import read_once_bytes
-from agnitra_lab.llm.client import ChatClient
-from agnitra_lab.llm.settings import resolve as resolve_llm
 from agnitra_lab.loop import filing, preflight
+from agnitra_lab.loop.advice import Advice
+from agnitra_lab.loop.adviser import Adviser
 from agnitra_lab.loop.chooser import Chooser
 from agnitra_lab.loop.kernel_lab import KernelLab
 from agnitra_lab.loop.refinement import Refinement
@@ -50,7 +50,6 @@ from agnitra_lab.report import assemble, page
 from agnitra_lab.runs import provenance, summary
 from agnitra_lab.runs.markdown import run_markdown
 from agnitra_lab.runs.store import Run, RunStore
-from agnitra_lab.suggest.propose import propose
 
 Progress = Callable[[Checkpoint], None]
 # The FLOPs of the original graph are no floor for a candidate that provably needs fewer.
@@ -69,6 +68,8 @@ class Optimization:
         preflight.check_runs(workload)
         self.workload = workload
         self.settings = settings
+        # A recording that cannot be read, or a budget without a price, is known before anything runs.
+        self._adviser = Adviser(settings)
         self.checkpoints: list[Checkpoint] = []
         self.on_checkpoint = on_checkpoint
         self.device = info.device_of(workload.model, workload.args, workload.kwargs)
@@ -79,6 +80,7 @@ class Optimization:
         self.telemetry: Telemetry
         self.profile_of_workload = WorkloadProfile(workload_type=WorkloadType.UNKNOWN, patterns=(), confidence=0.0)
         self.proposal: Proposal
+        self.advice: Advice | None = None
         self.searches: list[SearchResult] = []
         self.kernels = templates.KernelBook()
         self.tuned: Mapping[Site, KernelConfig] = {}
@@ -127,15 +129,13 @@ class Optimization:
     def suggest(self) -> Proposal:
         """Ask for things to try: the language model where there is one, presets otherwise."""
         started = time.monotonic()
-        client = self._llm_client()
-        self.proposal = propose(
-            self.telemetry.record,
-            self.profile_of_workload,
-            self.device_info,
-            findable=self._findable(),
-            client=client,
-            is_llm_requested=self.settings.suggest == "llm",
-        )
+        findable = self._findable()
+        is_measured = self.lab is not None and why_no_kernels() is None
+        self.advice = self._adviser.ask(
+            self.telemetry.record, self.profile_of_workload, self.device_info, findable, self._surveyed,
+            is_measured=is_measured, peaks=lambda: measure_peaks(self.device, self._dtype()),
+        )  # fmt: skip
+        self.proposal = self.advice.rounds.proposal
         self.run.write_json("reports", "suggestions.json", self.proposal)
         fallback = self.proposal.fallback
         if fallback is not None:
@@ -154,8 +154,12 @@ class Optimization:
             reason = "kernel search is off" if found else "no kernel template fits this graph"
             self._checkpoint("refine", reason, started, "skipped")
             return self.searches
-        refining = Refinement(self.settings, self.device_info, self.lab, self.proposal.suggestions)
+        refining = Refinement(self.settings, self.device_info, self.lab, self.proposal.suggestions, self.advice)
         self.searches, notes = refining.run(found)
+        if self.advice is not None and self.advice.num_measured:
+            self.proposal = self.advice.rounds.proposal
+            self.run.write_json("reports", "suggestions.json", self.proposal)
+            notes = [*filter(None, [self.advice.note]), *notes]
         self.tuned, self.refused = refining.tuned, refining.refused
         for result in self.searches:
             site = Site(result.space_template, result.shape, result.dtype)
@@ -297,13 +301,6 @@ class Optimization:
         self.emit("stage.completed", stage=stage, status=status, headline=headline)
         if self.on_checkpoint:
             self.on_checkpoint(point)
-
-    def _llm_client(self) -> ChatClient | None:
-        given = self.settings
-        if given.suggest == "preset":
-            return None
-        resolved = resolve_llm(given.llm_base_url, given.llm_api_key, given.llm_model, given.llm_deadline_s)
-        return ChatClient(resolved) if resolved else None
 
     def _findable(self) -> frozenset[str]:
         """Ask the rewrites themselves what they would change in the graph, and where templates would go."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.kernel import Site
@@ -13,14 +12,17 @@ from agnitra_lab.errors import SearchError
 from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
 from agnitra_lab.generate.tuned import TunedConfigs, default_folder
+from agnitra_lab.loop.advice import Advice, Place, replayed
 from agnitra_lab.loop.chooser import clock_s
 from agnitra_lab.loop.kernel_lab import KernelLab
 from agnitra_lab.loop.settings import Settings
-from agnitra_lab.refine import replay, search
+from agnitra_lab.refine import search
 
 # Share of the run's budget that may go into kernel searches, the sites in turn.
 _SEARCH_SHARE = 0.3
 _LEAST_SEARCH_S = 1.0
+# Share of that which the configs of a language model may take.
+_ADVICE_SHARE = 0.5
 
 
 class Refinement:
@@ -31,6 +33,7 @@ class Refinement:
         device_info: the device and its versions, which earlier findings must share.
         lab: where configs are measured; None where recordings answer.
         suggestions: whose configs are measured first.
+        advice: the suggest stage's ranked configs; those of a language model are measured with it.
 
     Attributes:
         tuned: site -> the config to use there; sites that nobody searched are not in it.
@@ -43,11 +46,13 @@ class Refinement:
         device_info: DeviceInfo,
         lab: KernelLab | None,
         suggestions: Sequence[Suggestion],
+        advice: Advice | None = None,
     ) -> None:
         self._settings = settings
         self._device_name = device_info.name
         self._lab = lab
         self._suggestions = suggestions
+        self._advice = advice
         self._is_measured = lab is not None and why_no_kernels() is None
         self.tuned: dict[Site, KernelConfig] = {}
         self.refused: set[Site] = set()
@@ -67,8 +72,9 @@ class Refinement:
         """
         results, notes = [], []
         deadline_s = clock_s() + _SEARCH_SHARE * self._settings.budget_s
+        self._take_advice([site for site in sites if self._earlier(site) is None], deadline_s)
         for site in sites:
-            known = self._known.get(site) if self._known is not None and self._settings.is_warm else None
+            known = self._earlier(site)
             if known is not None:
                 self.tuned[site] = known
                 notes.append(f"{site.key()}: found by an earlier run")
@@ -85,6 +91,26 @@ class Refinement:
             notes.append(note)
             results += [result] if result is not None else []
         return results, notes
+
+    def _earlier(self, site: Site) -> KernelConfig | None:
+        return self._known.get(site) if self._known is not None and self._settings.is_warm else None
+
+    def _take_advice(self, sites: Sequence[Site], deadline_s: float) -> None:
+        if self._advice is None:
+            return
+        places = [place for place in map(self._place, sites) if place is not None]
+        now_s = clock_s()
+        self._advice.converse(
+            {place.site.key(): place for place in places},
+            until_s=now_s + _ADVICE_SHARE * max(deadline_s - now_s, 0.0),
+            max_trials=self._settings.max_trials,
+        )
+
+    def _place(self, site: Site) -> Place | None:
+        """Return where a site's configs are measured: on the device, else in the nearest recording."""
+        if self._is_measured and self._lab is not None:
+            return Place(site, templates.space_of(site), self._lab.measure(site))
+        return replayed(site)
 
     def _searched(self, site: Site, budget_s: float, num_trials: int) -> tuple[SearchResult | None, str]:
         try:
@@ -107,22 +133,16 @@ class Refinement:
         )
 
     def _search(self, site: Site, budget_s: float, num_trials: int) -> SearchResult | None:
-        given = self._settings
-        measure: Callable[[KernelConfig], float]
-        if self._is_measured and self._lab is not None:
-            measured_site, space, measure = site, templates.space_of(site), self._lab.measure(site)
-            measured_on = self._device_name
-        else:
-            landscape = replay.nearest(site.template, site.shape)
-            if landscape is None:
-                return None
-            recorded = replay.load(landscape)
-            space, measure, measured_on = recorded.space, recorded.measure, f"recorded: {recorded.device_name}"
-            measured_site = replace(site, shape=recorded.shape, dtype=recorded.dtype)
-        seeds = templates.seed_configs(measured_site, self._suggestions)
+        given, place = self._settings, self._place(site)
+        if place is None:
+            return None
+        measure, seeds = place.measure, templates.seed_configs(place.site, self._suggestions)
+        if self._advice is not None:
+            measure = self._advice.remembering(place.site, measure)
+            seeds = [*self._advice.seeds(place.site), *seeds]
         return search.search(
-            space, measure, sampler=given.sampler or "rl", max_trials=num_trials, seed=given.seed, seeds=seeds,
-            measured_on=measured_on, budget_s=budget_s,
+            place.space, measure, sampler=given.sampler or "rl", max_trials=num_trials, seed=given.seed, seeds=seeds,
+            measured_on=f"recorded: {place.device.name}" if place.device else self._device_name, budget_s=budget_s,
         )  # fmt: skip
 
 

@@ -16,6 +16,14 @@ class Settings:
 
     Attributes:
         suggest: "auto" asks a language model where one is configured, "llm" insists, "preset" never asks.
+        llm_rounds: questions to the language model at most; from the second on with what was measured of its configs.
+        llm_max_tokens: of all questions together; None for no limit.
+        llm_max_cost_usd: of all questions together; needs llm_price.
+        llm_price: "INPUT/OUTPUT", USD per million tokens; by default AGNITRA_LLM_PRICE; without it no cost is shown.
+        is_llm_cached: take and keep replies in the user's cache folder.
+        llm_replies: recorded replies to answer from; no server is asked.
+        llm_record: file to record the replies in.
+        llm_after: report of an earlier run; what became of its rewrites is told to the language model.
         sampler: "rl" (contextual bandit), "random", or None for the preset kernel configs.
         max_trials: measurements a kernel search may make.
         budget_s: seconds for building and screening candidates: one is begun while they last, the others are listed
@@ -39,6 +47,14 @@ class Settings:
     llm_api_key: str | None = None
     llm_model: str | None = None
     llm_deadline_s: float = 20.0
+    llm_rounds: int = 4
+    llm_max_tokens: int | None = None
+    llm_max_cost_usd: Decimal | str | None = None
+    llm_price: str | None = None
+    is_llm_cached: bool = True
+    llm_replies: Path | str | None = None
+    llm_record: Path | str | None = None
+    llm_after: Path | str | None = None
     sampler: Literal["rl", "random"] | None = "rl"
     max_trials: int = 24
     budget_s: float = 300.0
@@ -86,7 +102,7 @@ class Settings:
 
     def public(self) -> dict[str, Any]:
         """Return what may be written down: all but the key."""
-        hidden = ("llm_api_key", "artifacts", "command", "tuned_folder")
+        hidden = ("llm_api_key", "llm_replies", "llm_record", "llm_after", "artifacts", "command", "tuned_folder")
         return {
             name: str(value) if isinstance(value, Decimal) else value
             for name, value in vars(self).items()

@@ -1,5 +1,6 @@
-"""What to change: TelemetryRecord, WorkloadProfile and DeviceInfo in, a ranked `Proposal` out.
+"""What to change: TelemetryRecord, WorkloadProfile, DeviceInfo and search spaces in, a ranked `Proposal` out.
 
-Heuristic presets always answer; a language model, where one is asked, goes in front of them and can only choose from
-the closed list of actions.
+Presets always answer: `rules` for rewrites, `kernel_rules` for kernel configs. A language model, where one is asked,
+goes in front of them; it can only choose from the closed list of actions and among the valid configs of the spaces,
+in up to four `rounds` with measured feedback and within a `budget`.
 """

@@ -30,6 +30,7 @@ def agnitra(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
         (("optimize", f"{MLP}:build_wrong_inputs"), 2, "63"),
         (("benchmark", f"{MLP}:build", "--candidate", "magic"), 2, "No candidate 'magic'"),
         (("optimize", f"{MLP}:build", "--price", "cheap"), 2, "price_per_gpu_hour is 'cheap'"),
+        (("suggest", f"{MLP}:build", "--llm-max-usd", "0.05"), 2, "never guessed"),
         (("no-such-command",), 2, "no-such-command"),
         (("optimize",), 2, "Missing argument"),
         (("generate", "conv9d"), 1, "rms_norm"),

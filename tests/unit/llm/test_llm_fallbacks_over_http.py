@@ -56,7 +56,8 @@ def test_a_good_answer_leads_the_proposal():
 
 def test_a_server_without_structured_output_still_gives_a_proposal():
     fenced = misbehave.answer(f"```json\n{content()}\n```")
-    with misbehave.serve(misbehave.error(400, "response_format"), fenced) as server:
+    refusal = misbehave.error(400, "response_format")
+    with misbehave.serve(refusal, refusal, fenced) as server:
         assert ask(server).source == "llm"
 
 

@@ -5,14 +5,21 @@ import pytest
 pytest.importorskip("triton")
 
 from agnitra_lab.contracts.device import DeviceInfo
+from agnitra_lab.contracts.graph import WorkloadProfile, WorkloadType
 from agnitra_lab.contracts.kernel import Site
+from agnitra_lab.contracts.telemetry import Behavior, GpuTelemetry, TelemetryRecord
 from agnitra_lab.errors import SearchError
 from agnitra_lab.generate.defaults import default_config
 from agnitra_lab.loop import refinement
+from agnitra_lab.loop.advice import Advice, kernel_sites
 from agnitra_lab.loop.refinement import Refinement
 from agnitra_lab.loop.settings import Settings
+from agnitra_lab.suggest.kernel_presets import ranked
+from agnitra_lab.suggest.rounds import Rounds
 
 H200 = DeviceInfo(type="cuda", name="NVIDIA H200", torch_version="2.11.0", triton_version="3.6.0")
+PROFILE = WorkloadProfile(workload_type=WorkloadType.UNKNOWN, patterns=(), confidence=0.5)
+RECORD = TelemetryRecord(bottleneck=None, events=(), gpu=GpuTelemetry(), behavior=Behavior(), wall_ms=10.0)
 NORM, GATE = Site("rms_norm", (4096, 2048), "bfloat16"), Site("swiglu", (4096, 5632), "bfloat16")
 
 
@@ -73,3 +80,15 @@ def test_without_budget_the_rule_of_thumb_is_still_tried_before_it_is_used(tmp_p
     rule = default_config(NORM.template, NORM.shape, NORM.dtype)
     assert {config for _, config in ((site, config.key()) for site, config in lab.measured)} == {rule.key()}
     assert stage.tuned == {NORM: rule}
+
+
+def test_without_budget_the_first_preset_is_tried_where_the_suggest_stage_ranked_some(tmp_path):
+    (site,) = kernel_sites([NORM], is_measured=True, has_adviser=False)
+    rounds = Rounds(RECORD, PROFILE, H200, sites=(site,))
+    rounds.ask()
+    lab, chosen = Lab(), Settings(tuned_folder=tmp_path, max_trials=6, budget_s=1e-6)
+    stage = Refinement(chosen, H200, lab, (), Advice(rounds))
+    stage.run([NORM])
+    first = ranked(site.space, H200)[0]
+    assert {config.key() for _, config in lab.measured} == {first.key()}
+    assert stage.tuned == {NORM: first}

@@ -11,14 +11,13 @@ from suggest_samples import suggestion_json
 
 from agnitra_lab.contracts.suggestion import Suggestion
 from agnitra_lab.errors import LLMAnswerError
-from agnitra_lab.suggest.parsing import (
-    MAX_ANSWER_CHARS,
-    MAX_RAW_CHARS,
-    MAX_SUGGESTIONS,
-    InvalidAnswerError,
-    answer_schema,
-    parse,
-)
+from agnitra_lab.suggest import parsing
+from agnitra_lab.suggest.answer_schema import answer_schema
+from agnitra_lab.suggest.parsing import MAX_ANSWER_CHARS, MAX_RAW_CHARS, MAX_SUGGESTIONS, InvalidAnswerError
+
+
+def parse(text: str, *, model: str) -> tuple[Suggestion, ...]:
+    return parsing.parse(text, model=model).suggestions
 
 
 def answer(*items) -> str:
@@ -159,8 +158,22 @@ def test_more_suggestions_than_are_read_is_out_of_range():
     assert kind_of(answer(*[suggestion_json()] * (MAX_SUGGESTIONS + 1))) == "out_of_range"
 
 
-def test_one_bad_suggestion_spoils_the_answer():
-    assert kind_of(answer(suggestion_json(), suggestion_json(num_warps=5))) == "out_of_range"
+def test_one_bad_suggestion_is_counted_with_its_reason_and_costs_no_other():
+    read = parsing.parse(
+        answer(suggestion_json(num_warps=5), suggestion_json(), 7, suggestion_json(shell="x"), suggestion_json("fly")),
+        model="m",
+    )
+    assert [item.action for item in read.suggestions] == ["freezing"]
+    assert [(item.position, item.reason) for item in read.rejected] == [
+        (0, "bad_field"), (2, "not_an_object"), (3, "unknown_key"), (4, "unknown_action"),
+    ]  # fmt: skip
+    assert read.num_proposed == 5
+
+
+def test_the_same_suggestion_twice_is_one_and_the_repeat_is_counted():
+    read = parsing.parse(answer(suggestion_json(), suggestion_json(rationale="Again.")), model="m")
+    assert len(read.suggestions) == 1
+    assert [item.reason for item in read.rejected] == ["repeated"]
 
 
 def test_a_key_in_the_answer_is_redacted_from_the_raw_text_and_the_rationale():
@@ -171,7 +184,7 @@ def test_a_key_in_the_answer_is_redacted_from_the_raw_text_and_the_rationale():
 
 
 def test_the_raw_text_is_cut():
-    items = [suggestion_json(rationale="x" * 1000) for _ in range(8)]
+    items = [suggestion_json("swiglu", num_warps=1, num_stages=n, rationale="x" * 1000) for n in range(1, 9)]
     (suggestion, *_) = parse(answer(*items), model="m")
     assert suggestion.raw_text is not None
     assert len(suggestion.raw_text) == MAX_RAW_CHARS

@@ -12,7 +12,7 @@ from suggest_samples import CPU, CUDA, decoder_profile, decoder_record, profile,
 from agnitra_lab.contracts.suggestion import Proposal
 from agnitra_lab.errors import LLMAnswerError, LLMError, LLMRefusalError, LLMTimeoutError, MissingError
 from agnitra_lab.llm.recorded import RecordedClient
-from agnitra_lab.suggest.parsing import SCHEMA_NAME
+from agnitra_lab.suggest.answer_schema import SCHEMA_NAME
 from agnitra_lab.suggest.propose import propose
 
 
