@@ -80,4 +80,10 @@ def _complain(text: str) -> None:
 
 
 # Commands register themselves on `app`; they import torch and plotly only when they run.
-from agnitra_lab.cli import loop_commands, run_commands, suggest_commands, suite_commands  # noqa: E402, F401
+from agnitra_lab.cli import (  # noqa: E402
+    landscape_commands,  # noqa: F401
+    loop_commands,  # noqa: F401
+    run_commands,  # noqa: F401
+    suggest_commands,  # noqa: F401
+    suite_commands,  # noqa: F401
+)
