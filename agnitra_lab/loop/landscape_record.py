@@ -210,7 +210,11 @@ class _Measuring:
 
 
 class _Crew:
-    """Processes that compile, in the plan's order; each answer becomes a line of its recording."""
+    """Processes that compile, in the plan's order; each answer becomes a line of its recording.
+
+    Attributes:
+        problem: why they stopped before the end, where they did.
+    """
 
     def __init__(
         self,
@@ -236,6 +240,7 @@ class _Crew:
         self._kernel_s = {hash_: s for recording in recordings for hash_, s in recording.kernel_s.items()}
         self._lock = threading.Lock()
         self._is_stopped = False
+        self.problem: str | None = None
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(num_processes)]
         for thread in self._threads:
             thread.start()
@@ -268,6 +273,9 @@ class _Crew:
             deadline_s=_COMPILE_DEADLINE_S,
         )  # fmt: skip
         compiled: Compiled | None = outcome.value
+        if outcome.status == "error":  # what a compiler raises is an answer; this came from around it
+            self.problem, self._is_stopped = outcome.message, True
+            return
         if compiled is not None and compiled.kernels:
             self._kernel_s |= {k.hash: round(k.compile_s, 4) for k in compiled.kernels if k.compile_s is not None}
             kernels = [[k.name, k.hash, self._kernel_s.get(k.hash), k.shared_bytes] for k in compiled.kernels]
@@ -322,6 +330,8 @@ class _Sweep:
                 self._settle(self._measuring.run("screen", args, "screen", _SCREEN_DEADLINE_S))
             elif len(recording.compiled.keys() | recording.failures.keys()) >= recording.num_configs:
                 return
+            elif self._crew.problem is not None:
+                raise AgnitraError(f"The compiling processes do not get on: {self._crew.problem}")
             elif self._measuring.left_s < _RESERVE_S:
                 raise OutOfTimeError
             else:
