@@ -208,9 +208,14 @@ def nearest(template: str, shape: tuple[int, ...]) -> Path | None:
     """Find the recorded landscape of a template whose shape is nearest to `shape`, in powers of two.
 
     Returns:
-        A path for `load`, whose own shape says what was measured; None when the template was never recorded.
+        A path for `load`, whose own shape says what was measured; None when the template was never recorded with as
+        many dimensions.
     """
-    candidates = [path for path in _recordings() if path.stem.partition("__")[0] == template]
+    candidates = [
+        path
+        for path in _recordings()
+        if path.stem.partition("__")[0] == template and len(_shape_of(path)) == len(shape)
+    ]
     return min(candidates, key=lambda path: _shape_distance(_shape_of(path), shape), default=None)
 
 
@@ -241,8 +246,6 @@ def _shape_of(path: Path) -> tuple[int, ...]:
 
 
 def _shape_distance(left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    if len(left) != len(right):
-        return math.inf
     return sum(abs(math.log2(max(a, 1)) - math.log2(max(b, 1))) for a, b in zip(left, right, strict=True))
 
 

@@ -107,6 +107,7 @@ def test_find_takes_the_asked_shape_or_the_largest(tmp_path: Path, monkeypatch: 
     assert replay.find("rms_norm", (5, 8)) is None
     assert replay.find("swiglu") is None
     assert replay.nearest("rms_norm", (2048, 8)) == paths[4096, 8]
+    assert replay.nearest("rms_norm", (2048, 8, 8)) is None
     assert replay.every() == sorted(tmp_path.glob("*.npz"))
 
 
