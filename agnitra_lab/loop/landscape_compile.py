@@ -8,40 +8,15 @@ and it finds them all in the cache. A process compiles about three configs a sec
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.generate import registry
+from agnitra_lab.refine.landscape_task import Compiled, CompiledKernel
 
 _MESSAGE_LENGTH = 300
-
-
-@dataclass(frozen=True)
-class CompiledKernel:
-    """One kernel of a config.
-
-    Attributes:
-        name: of the function.
-        hash: its name in Triton's cache.
-        compile_s: what compiling took, in s; None where the cache had it.
-        shared_bytes: shared memory of a program.
-    """
-
-    name: str
-    hash: str
-    compile_s: float | None
-    shared_bytes: int
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A config's kernels, or what the compiler said instead."""
-
-    kernels: tuple[CompiledKernel, ...]
-    detail: str = ""
 
 
 _examples: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}

@@ -10,8 +10,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +17,11 @@ import torch
 from agnitra_lab.benchmark.elements import rtol_of
 from agnitra_lab.benchmark.tree import tensors
 from agnitra_lab.benchmark.worker_main import classify
-from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.device import info, nvml
 from agnitra_lab.generate import registry
 from agnitra_lab.loop.landscape_compile import short
 from agnitra_lab.refine.landscape_recording import Lines
+from agnitra_lab.refine.landscape_task import Task
 
 _REQUIRED_SHARE = 0.999
 _FLUSH_BYTES = 256 * 2**20
@@ -33,21 +31,6 @@ _BATCH = 24
 _BASELINE_SAMPLES = 50
 
 Item = tuple[int, dict[str, int]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """Which landscape is measured.
-
-    Attributes:
-        site: template, shape and dtype.
-        device: where, as torch names it.
-        path: the recording, which the results are appended to.
-    """
-
-    site: Site
-    device: str
-    path: Path
 
 
 def warm(device: str) -> tuple[dict[str, Any], tuple[str, int, int] | None]:

@@ -18,10 +18,9 @@ from typing import Any
 from agnitra_lab.benchmark.worker import Outcome, Worker
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.errors import AgnitraError, UsageError
-from agnitra_lab.loop.landscape_compile import Compiled
 from agnitra_lab.loop.landscape_grids import wide_space
-from agnitra_lab.loop.landscape_jobs import Task
 from agnitra_lab.refine.landscape_recording import SCHEMA, Lines, Recording, read
+from agnitra_lab.refine.landscape_task import Compiled, Task
 
 _JOBS, _COMPILING = "agnitra_lab.loop.landscape_jobs", "agnitra_lab.loop.landscape_compile"
 _START_S, _COMPILE_DEADLINE_S, _SCREEN_DEADLINE_S = 120.0, 60.0, 30.0
