@@ -13,6 +13,7 @@ from agnitra_lab.refine.replay import Landscape
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 WITHIN_PERCENT = (2, 5, 10)
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def importance(landscape: Landscape) -> dict[str, float]:
         means = np.bincount(groups, weights=log_us) / sizes
         within = np.bincount(groups, weights=(log_us - means[groups]) ** 2) / sizes
         spread[name] = float(within[sizes > 1].mean()) if (sizes > 1).any() else 0.0
+    # What rounding leaves of equal times is no variation.
+    spread = {name: value if value > _ROUNDING else 0.0 for name, value in spread.items()}
     total = sum(spread.values())
     return {name: value / total if total else 0.0 for name, value in spread.items()}
 

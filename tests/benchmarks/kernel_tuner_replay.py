@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", help="the interpreter of an environment with kernel_tuner")
     parser.add_argument("--quick", action="store_true", help="one landscape, two strategies, 2 seeds")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print nothing but the figures")
     parser.add_argument("--artifacts", help="file the run in this folder")
     parser.add_argument("--simulate", nargs=3, metavar=("FOLDER", "STRATEGIES", "SEEDS"), help=argparse.SUPPRESS)
