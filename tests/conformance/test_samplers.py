@@ -88,7 +88,7 @@ def test_the_learning_sampler_beats_random_search_in_most_paired_seeds() -> None
 def test_the_learning_sampler_is_no_worse_than_random_search_on_recordings_at_the_default_budget() -> None:
     # Half of the recorded spaces are flat: most configs lie within 1% of the optimum, and there is little to learn.
     wins = losses = 0
-    for path in replay._recordings():
+    for path in replay._recordings()[::3]:  # one shape of each family: the complete ones are large
         landscape = replay.load(path)
         for seed in range(NUM_SEEDS):
             found = {}
