@@ -20,7 +20,7 @@ _FOLDER = ROOT / "fixtures" / "landscapes"
 LANDSCAPES = sorted(
     path
     for name in ("rms_norm__*x2048", "rms_norm__16384x4096", "swiglu__")
-    for path in _FOLDER.glob(f"{name}*h200.json")
+    for path in _FOLDER.glob(f"{name}*h200.npz")
 )
 """The landscapes that these tests are about; the benchmark of suggestions judges every recorded one."""
 
