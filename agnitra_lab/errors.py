@@ -2,7 +2,8 @@
 
 AgnitraError                      exit code 1 unless a subclass says otherwise
 ├── UsageError               (2)  a wrong argument, file, name or input; nothing was run
-│   └── TargetError          (2)  a TARGET string that cannot be resolved or raises
+│   ├── TargetError          (2)  a TARGET string that cannot be resolved or raises
+│   └── LedgerError          (2)  a search ledger that is corrupt, foreign or in use; it was not touched
 ├── MissingError             (3)  a dependency, compiler or device that is needed and absent
 ├── RunStoreError            (2)  the artifacts folder cannot be written or read
 ├── LLMError                 (1)  the language model gave no usable answer; a preset takes over
@@ -42,6 +43,10 @@ class UsageError(AgnitraError):
 
 class TargetError(UsageError):
     """A TARGET string that cannot be resolved, or whose function raises."""
+
+
+class LedgerError(UsageError):
+    """A search ledger that is corrupt, belongs to another search, or is in use; it was not touched."""
 
 
 class MissingError(AgnitraError):

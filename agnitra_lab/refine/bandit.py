@@ -1,143 +1,105 @@
-"""A contextual bandit: Bayesian ridge regression on log latency, with Thompson sampling over the valid configs.
+"""The contextual bandit: a reward model over everything known of a config, and the choice that it makes.
 
-The arms are the enumerated valid configs, the context of an arm is its encoding, the reward is minus the logarithm of
-its latency. One draw of the posterior is optimised exactly, because the arms can be listed. That is reinforcement
-learning with one step an episode, and no more is claimed.
+The arms are the enumerated valid configs, the context of an arm is its coordinates, what the compiler says of it and
+what it cost at the siblings; the reward is minus the logarithm of its latency. That is reinforcement learning with one
+step an episode, and no more is claimed.
 
-Source: Agrawal and Goyal, "Thompson Sampling for Contextual Bandits with Linear Payoffs", ICML 2013, algorithm 1; the
-evidence that sets the two variances: Bishop, "Pattern Recognition and Machine Learning", section 3.5.1.
+Two reward models run side by side. The warm one begins with the siblings' mean as its own and learns the difference;
+the cold one knows the coordinates alone. The evidence of the measurements shifts the choice between them, so a sibling
+that misleads costs a few measurements and not the search.
+
+Source: expected improvement: Jones, Schonlau and Welch, "Efficient global optimization of expensive black-box
+functions", 1998. Thompson sampling: Agrawal and Goyal, "Thompson sampling for contextual bandits", ICML 2013.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agnitra_lab.contracts.search import KernelConfig, SearchSpace
-from agnitra_lab.refine.sampler import valid_seeds
-from agnitra_lab.refine.space import Encoding
+from agnitra_lab.refine.acquisition import expected_improvement, spread_out
+from agnitra_lab.refine.reward import ColdModel, RewardModel, Seen, WarmModel
+from agnitra_lab.refine.sampler import Observation, Problem
 
-NUM_FIRST_POINTS = 4
-"""Observations before the model is asked: fewer leave the quadratic terms to the prior alone."""
-FAILURE_PENALTY = math.log(2.0)
-"""A failure is taught as twice the worst latency seen: bad, but not so far out that it bends the whole fit."""
-PRIOR_VARIANCES = (0.1, 0.3, 1.0, 3.0)
-NOISE_VARIANCES = (0.003, 0.01, 0.03, 0.1, 0.3)
+NUM_SPREAD = 6
+"""Configs that the cold model wants to see, far from each other, before it is asked."""
+NUM_DRAWN_ARMS = 384
+COLD_TURN = 4
+"""Every so many questions the cold model has its turn whatever the evidence says, once the siblings had their say."""
+NUM_SIBLING_TURNS = 10
 
 
 class Bandit:
-    """A sampler that learns a quadratic response surface of log latency."""
+    """A sampler that learns a reward model of the configs."""
 
-    def __init__(self, space: SearchSpace, *, seed: int, seeds: Sequence[KernelConfig] = ()) -> None:
-        self._encoding = Encoding(space)
-        self._features = quadratic_features(self._encoding.points)
-        self._rng = np.random.default_rng(seed)
-        self._seeds = valid_seeds(seeds, space)[::-1]
-        self._is_open = np.ones(len(self._encoding.configs), dtype=bool)
-        self._observed: dict[int, float | None] = {}
+    def __init__(self, problem: Problem) -> None:
+        self._rng = np.random.default_rng(problem.seed)
+        self._points = problem.encoding.points
+        self._seen = Seen(len(problem.encoding))
+        self._cold = ColdModel(problem, self._seen)
+        self._warm = WarmModel(problem, self._seen) if problem.siblings else None
+        self._num_asked = 0
 
-    def ask(self) -> KernelConfig | None:
-        """Return the next config, or None when every valid config was proposed."""
-        while self._seeds:
-            seed = self._seeds.pop()
-            if self._is_open[self._encoding.index(seed)]:
-                return self._take(self._encoding.index(seed))
-        open_arms = np.flatnonzero(self._is_open)
-        if not open_arms.size:
-            return None
-        if len(self._observed) < NUM_FIRST_POINTS or all(value is None for value in self._observed.values()):
-            return self._take(self._farthest(open_arms))
-        sampled = self._features[open_arms] @ self._draw_weights()
-        return self._take(int(open_arms[np.argmin(sampled)]))
+    def propose(self, num: int, is_open: NDArray[np.bool_]) -> Sequence[int]:
+        """Return the arm of the highest expected improvement, or one Thompson sample's best arm each of several."""
+        num = min(num, int(is_open.sum()))
+        self._num_asked += 1
+        model = self._model()
+        if model is self._cold and self._seen.num_known < NUM_SPREAD:
+            return spread_out(self._points, is_open, num, self._rng)
+        if num == 1:
+            return [self._best(model, is_open)]
+        return self._drawn(model, is_open, num)
 
-    def tell(self, config: KernelConfig, latency_ms: float | None) -> None:
-        """Learn the latency of a config; None teaches a failure.
+    def learn(self, seen: Observation) -> None:
+        """Take one arm's latency or failure into both models."""
+        self._seen.add(seen)
 
-        Raises:
-            SearchError: for a config that is not in the space.
-        """
-        arm = self._encoding.index(config)
-        self._is_open[arm] = False
-        self._observed[arm] = None if latency_ms is None else math.log(latency_ms)
+    def trust(self) -> dict[str, float]:
+        """How much of the warm model's mean each sibling has, times the odds of the warm model itself."""
+        if self._warm is None:
+            return {}
+        share = self._warm_share()
+        return {name: round(share * weight, 4) for name, weight in self._warm.shares().items()}
 
-    def _take(self, arm: int) -> KernelConfig:
-        self._is_open[arm] = False
-        return self._encoding.configs[arm]
+    def _model(self) -> RewardModel:
+        if self._warm is None:
+            return self._cold
+        if self._num_asked <= NUM_SIBLING_TURNS // 2:
+            return self._warm
+        if self._num_asked > NUM_SIBLING_TURNS and self._num_asked % COLD_TURN == 0:
+            return self._cold
+        return self._warm if self._rng.random() < self._warm_share() else self._cold
 
-    def _farthest(self, open_arms: NDArray[np.intp]) -> int:
-        """Spread the first points: a random one, then always the one farthest from all that were taken."""
-        taken = self._encoding.points[~self._is_open]
-        order = self._rng.permutation(open_arms)
-        if not len(taken):
-            return int(order[0])
-        gaps = self._encoding.points[order][:, None, :] - taken[None, :, :]
-        return int(order[np.argmax((gaps**2).sum(axis=2).min(axis=1))])
+    def _warm_share(self) -> float:
+        """The odds that the warm model, and not the cold one, is right about what was measured."""
+        assert self._warm is not None
+        if self._seen.num_known < 3:
+            return 1.0
+        gap = self._warm.log_likelihood() - self._cold.log_likelihood()
+        return float(1 / (1 + np.exp(-np.clip(gap, -30, 30))))
 
-    def _draw_weights(self) -> NDArray[np.float64]:
-        """Draw the weights of one plausible response surface from the posterior."""
-        arms = np.array(list(self._observed))
-        known = [value for value in self._observed.values() if value is not None]
-        worst = max(known) + FAILURE_PENALTY
-        targets = np.array([worst if value is None else value for value in self._observed.values()])
-        centred = targets - targets.mean()
-        scale = float(centred.std()) or 1.0
-        mean, root = posterior(self._features[arms], centred / scale)
-        return mean + root @ self._rng.standard_normal(len(mean))
+    def _best(self, model: RewardModel, is_open: NDArray[np.bool_]) -> int:
+        mean, deviation = model.predict()
+        best = self._seen.best_value(model.scale)
+        gain = -mean if best is None else expected_improvement(mean, deviation, best)
+        gain = np.where(is_open, gain * self._seen.odds_of_success(model) if best is not None else gain, -np.inf)
+        return int(np.argmax(gain))
 
-
-def quadratic_features(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return 1, z, z^2 and the products z_i z_j of centred coordinates; constant coordinates are left out.
-
-    Args:
-        points: [configs, parameters] float64 in 0..1.
-
-    Returns:
-        [configs, features] float64.
-    """
-    is_varied = np.ptp(points, axis=0) > 0 if len(points) else np.zeros(points.shape[1], dtype=bool)
-    z = 2 * points[:, is_varied] - 1
-    columns = [np.ones(len(z)), *z.T, *(z**2).T]
-    columns += [z[:, i] * z[:, j] for i, j in itertools.combinations(range(z.shape[1]), 2)]
-    return np.stack(columns, axis=1)
+    def _drawn(self, model: RewardModel, is_open: NDArray[np.bool_], num: int) -> list[int]:
+        mean, deviation = model.predict()
+        optimistic = np.where(is_open, mean - 2 * deviation, np.inf)
+        size = min(int(is_open.sum()), max(NUM_DRAWN_ARMS, 2 * num))
+        arms = np.argpartition(optimistic, size - 1)[:size]
+        chosen: list[int] = []
+        for drawn in model.draw(arms, mean, num, self._rng):
+            order = np.argsort(drawn, kind="stable")
+            chosen.append(next(int(arm) for arm in arms[order] if int(arm) not in chosen))
+        return chosen
 
 
-def posterior(
-    features: NDArray[np.float64], targets: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Fit Bayesian ridge regression, with the prior and noise variance of the highest evidence on a small grid.
-
-    Args:
-        features: [observations, features] float64.
-        targets: [observations] float64, centred and of unit scale.
-
-    Returns:
-        The posterior mean [features] of the weights, and a root [features, features] of their covariance.
-    """
-    # In the eigenbasis of the features every choice of the two variances costs one pass over the eigenvalues.
-    values, vectors = np.linalg.eigh(features.T @ features)
-    values = np.maximum(values, 0.0)
-    projected = vectors.T @ (features.T @ targets)
-    num_observations, num_features = features.shape
-    energy = float(targets @ targets)
-
-    def log_evidence(pair: tuple[float, float]) -> float:
-        prior, noise = pair
-        total = prior * values + noise
-        fitted = float((prior * projected**2 / total).sum())
-        log_det = float(np.log(total).sum()) + (num_observations - num_features) * math.log(noise)
-        return -0.5 * ((energy - fitted) / noise + log_det)
-
-    prior, noise = max(itertools.product(PRIOR_VARIANCES, NOISE_VARIANCES), key=log_evidence)
-    precision = values / noise + 1 / prior
-    # The symmetric root does not depend on the signs that the linear algebra library gives its eigenvectors, so the
-    # same seed draws the same weights on every machine.
-    return vectors @ (projected / noise / precision), (vectors / np.sqrt(precision)) @ vectors.T
-
-
-def build(space: SearchSpace, *, seed: int, seeds: Sequence[KernelConfig] = ()) -> Bandit:
+def build(problem: Problem) -> Bandit:
     """Build the sampler of the name "rl"."""
-    return Bandit(space, seed=seed, seeds=seeds)
+    return Bandit(problem)

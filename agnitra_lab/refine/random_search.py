@@ -1,32 +1,29 @@
-"""Random search: the seeds, then every other valid config in a random order. The baseline that a learner must beat."""
+"""Random search: every valid config equally likely. The baseline that a learner must beat."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from agnitra_lab.contracts.search import KernelConfig, SearchSpace
-from agnitra_lab.refine.sampler import valid_seeds
+from agnitra_lab.refine.sampler import Observation, Problem
 
 
 class RandomSearch:
     """A sampler that learns nothing."""
 
-    def __init__(self, space: SearchSpace, *, seed: int, seeds: Sequence[KernelConfig] = ()) -> None:
-        order = np.random.default_rng(seed).permutation(len(space.configs))
-        planned = [*valid_seeds(seeds, space), *(space.configs[index] for index in order)]
-        self._queue = list({config.key(): config for config in planned}.values())[::-1]
+    def __init__(self, problem: Problem) -> None:
+        self._order = np.random.default_rng(problem.seed).permutation(len(problem.encoding))
 
-    def ask(self) -> KernelConfig | None:
-        """Return the next config, or None at the end."""
-        return self._queue.pop() if self._queue else None
+    def propose(self, num: int, is_open: NDArray[np.bool_]) -> Sequence[int]:
+        """Return the next open arms of a random order."""
+        return [int(arm) for arm in self._order[is_open[self._order]][:num]]
 
-    def tell(self, config: KernelConfig, latency_ms: float | None) -> None:
-        """Take note that a config is known, so that it is not proposed any more."""
-        self._queue = [queued for queued in self._queue if queued.key() != config.key()]
+    def learn(self, seen: Observation) -> None:
+        """Learn nothing."""
 
 
-def build(space: SearchSpace, *, seed: int, seeds: Sequence[KernelConfig] = ()) -> RandomSearch:
+def build(problem: Problem) -> RandomSearch:
     """Build the sampler of the name "random"."""
-    return RandomSearch(space, seed=seed, seeds=seeds)
+    return RandomSearch(problem)

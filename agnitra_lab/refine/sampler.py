@@ -1,46 +1,129 @@
-"""What a sampler is, and the table of samplers by name."""
+"""What a sampler is, and the table of samplers by name.
+
+A sampler thinks in arms, the positions of the valid configs. What every search needs (seeds first, no config twice,
+results in any order, failures) is kept once, by the study around it.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-from agnitra_lab.contracts.search import KernelConfig, SearchSpace
-from agnitra_lab.errors import UsageError
+import numpy as np
+from numpy.typing import NDArray
 
-SAMPLERS: dict[str, str] = {
-    "rl": "agnitra_lab.refine.bandit",
-    "random": "agnitra_lab.refine.random_search",
+from agnitra_lab.contracts.search import FailureClass, KernelConfig, SearchSpace
+from agnitra_lab.errors import UsageError
+from agnitra_lab.refine.siblings import Sibling
+from agnitra_lab.refine.space import Encoding
+
+
+@dataclass(frozen=True)
+class SamplerInfo:
+    """One line of the table.
+
+    Attributes:
+        module: has `build(problem) -> Sampler`.
+        summary: what it does.
+        extra: the extra of this package that it needs, None for none.
+        is_polished: the last measurements of a search go to the neighbours of the best config.
+    """
+
+    module: str
+    summary: str
+    extra: str | None = None
+    is_polished: bool = False
+
+
+SAMPLERS: dict[str, SamplerInfo] = {
+    "rl": SamplerInfo(
+        "agnitra_lab.refine.bandit", "contextual bandit: exact GP over coordinates and siblings", is_polished=True
+    ),
+    "portfolio": SamplerInfo("agnitra_lab.refine.portfolio", "greedy portfolio of the siblings' best configs"),
+    "reinforce": SamplerInfo("agnitra_lab.refine.reinforce", "policy gradient, warm from the siblings"),
+    "reinforce-cold": SamplerInfo("agnitra_lab.refine.reinforce", "policy gradient, from nothing"),
+    "coordinate": SamplerInfo("agnitra_lab.refine.coordinate", "coordinate descent with random restarts"),
+    "cmaes": SamplerInfo("agnitra_lab.refine.evolution", "CMA-ES with categorical margins", extra="search"),
+    "tpe": SamplerInfo("agnitra_lab.refine.parzen", "Optuna's tree-structured Parzen estimator", extra="search"),
+    "random": SamplerInfo("agnitra_lab.refine.random_search", "every valid config equally likely"),
+    "exhaustive": SamplerInfo("agnitra_lab.refine.exhaustive", "every valid config, in the order of the space"),
 }
-"""Each module has `build(space, *, seed, seeds)`."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a sampler knows before the first measurement.
+
+    Attributes:
+        name: the sampler's, for those that share a module.
+        encoding: of the valid configs.
+        seed: of the sampler's random numbers.
+        siblings: what is known of the same template at other shapes or on other devices, and hints.
+        facts: [configs, facts] float64, what the compiler says of each config; no columns where nothing is known.
+    """
+
+    name: str
+    encoding: Encoding
+    seed: int
+    siblings: tuple[Sibling, ...] = ()
+    facts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known of one arm.
+
+    Attributes:
+        arm: position of the config.
+        log_ms: natural logarithm of its latency, None for a failure.
+        failure: why it has none.
+        is_aborted: the latency comes from the few samples that showed it to be slower than the best.
+        is_foreign: it was not asked for: a seed's, a language model's, an earlier ledger's.
+    """
+
+    arm: int
+    log_ms: float | None
+    failure: FailureClass | None = None
+    is_aborted: bool = False
+    is_foreign: bool = False
 
 
 class Sampler(Protocol):
-    """Proposes configs and learns from what they cost. It never proposes one config twice."""
+    """Proposes arms and learns from what they cost."""
 
-    def ask(self) -> KernelConfig | None:
-        """Return the next config to measure, or None when every valid config was proposed."""
+    def propose(self, num: int, is_open: NDArray[np.bool_]) -> Sequence[int]:
+        """Return up to `num` different open arms; the study passes at least one open arm, and `num` >= 1.
 
-    def tell(self, config: KernelConfig, latency_ms: float | None) -> None:
-        """Learn the latency of a config; None is a failure. Configs that were never asked for may be told too."""
+        Args:
+            num: how many are wanted at once, before any of them is told.
+            is_open: [configs] bool, the arms that were neither asked for nor told.
+        """
+
+    def learn(self, seen: Observation) -> None:
+        """Learn of one arm. Arms come in any order, and some were never proposed."""
 
 
-def make(name: str, space: SearchSpace, *, seed: int, seeds: Sequence[KernelConfig] = ()) -> Sampler:
-    """Build a sampler by its name.
+def make(problem: Problem) -> Sampler:
+    """Build the sampler that the problem names.
 
-    Args:
-        name: a key of SAMPLERS.
-        space: what to sample from.
-        seed: of the sampler's random numbers; the same seed and answers give the same proposals.
-        seeds: configs to propose first, in this order; those that are not in the space are left out.
+    Raises:
+        UsageError: for an unknown name, with the known ones.
+        MissingError: where the package behind the sampler is not installed.
+    """
+    return cast(Sampler, importlib.import_module(info(problem.name).module).build(problem))
+
+
+def info(name: str) -> SamplerInfo:
+    """Return a sampler's line in the table.
 
     Raises:
         UsageError: for an unknown name, with the known ones.
     """
     if name not in SAMPLERS:
         raise UsageError(f"There is no sampler {name!r}; known are {', '.join(sorted(SAMPLERS))}.")
-    return cast(Sampler, importlib.import_module(SAMPLERS[name]).build(space, seed=seed, seeds=seeds))
+    return SAMPLERS[name]
 
 
 def valid_seeds(seeds: Sequence[KernelConfig], space: SearchSpace) -> list[KernelConfig]:

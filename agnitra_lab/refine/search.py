@@ -1,26 +1,26 @@
-"""The ask/tell loop: ask a sampler, measure what it proposes, tell it, and measure the finalists again.
+"""The search loop: ask a study, measure what it proposes, tell it, and measure the finalists again.
 
 The device stays outside: `measure` is handed in, so the same loop runs on a GPU, on a recording and in a test.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from agnitra_lab.contracts.search import KernelConfig, SearchResult, SearchSpace, Trial
-from agnitra_lab.errors import AgnitraError, SearchError, UsageError
+from agnitra_lab.contracts.search import ForeignResult, KernelConfig, SearchResult, SearchSpace, Trial
+from agnitra_lab.errors import SearchError, UsageError
 from agnitra_lab.refine import sampler as samplers
+from agnitra_lab.refine.finals import MAX_FINALISTS, named
+from agnitra_lab.refine.measuring import Measure, Meter
+from agnitra_lab.refine.study import Knowledge, LedgerKey, StopReason, Study
 
-NUM_FINALISTS = 3
-NUM_FINALIST_ROUNDS = 3
-MAX_DETAIL = 300
+MAX_HANGS = 3
+"""Measurements in a row that hang before the device is given up."""
+POLISH_SHARE, MAX_POLISH = 0.15, 8
 
-Measure = Callable[[KernelConfig], float]
-StopReason = Literal["budget", "exhausted", "time", "cancelled"]
+__all__ = ["MAX_FINALISTS", "Measure", "search"]
 
 
 def search(
@@ -30,8 +30,13 @@ def search(
     sampler: str = "rl",
     max_trials: int = 24,
     budget_s: float = 30.0,
+    trial_timeout_s: float | None = None,
     seed: int = 0,
     seeds: Sequence[KernelConfig] = (),
+    knowledge: Knowledge | None = None,
+    attached: Iterable[ForeignResult] = (),
+    ledger: str | Path | None = None,
+    ledger_key: LedgerKey | None = None,
     measured_on: str = "",
     on_trial: Callable[[Trial], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -40,12 +45,19 @@ def search(
 
     Args:
         space: the valid configs.
-        measure: returns the latency of a config in milliseconds; what it raises makes the trial a failed one.
-        sampler: "rl" or "random".
-        max_trials: number of configs to measure at most.
+        measure: returns the latency of a config in milliseconds, or a `Measurement`; what it raises makes the trial a
+            failed one. One that takes a keyword `bound` is given what it may compare its samples with.
+        sampler: a key of `sampler.SAMPLERS`.
+        max_trials: number of configs to measure at most, those of a resumed ledger included.
         budget_s: seconds after which no further config is begun; one is always measured.
+        trial_timeout_s: seconds after which one measurement counts as hanging; by default what is left of the budget,
+            and some seconds of grace.
         seed: of the sampler's random numbers.
-        seeds: configs to measure first; those that are not in the space are left out.
+        seeds: configs to measure first, before those of `knowledge`; those not in the space are left out.
+        knowledge: siblings, hints and compiler facts that the sampler begins with.
+        attached: measurements that others made of this very space on this very device.
+        ledger: file that every step is written to; a search that was killed goes on from it.
+        ledger_key: kernel, device and versions that the ledger's measurements depend on.
         measured_on: device name, or "recorded: <device>" for a replay.
         on_trial: called with each trial as it ends.
         should_stop: asked before each measurement; True ends the search with what it has.
@@ -53,128 +65,88 @@ def search(
     Returns:
         All trials with their first measurements, and the best one. `best.latency_ms` is the median of the second
         measurements of the finalists: the lowest of many single measurements is lower than its config is (the
-        winner's curse), and the three best, measured again in turn, are judged on equal terms. A search that is
+        winner's curse), and the best few, measured again in turn, are judged on equal terms. A search that is
         cancelled before anything succeeded has no best.
 
     Raises:
-        SearchError: when the space is empty, or every trial failed.
+        SearchError: when the space is empty, every trial failed, or the measurements hang.
         UsageError: for an unknown sampler or a limit that allows no trial.
+        LedgerError: for a ledger that is corrupt, belongs to another search, or is in use.
     """
-    if not space.configs:
-        raise SearchError(f"The search space of {space.template} at {space.shape} {space.dtype} has no valid config.")
+    samplers.info(sampler)
     if max_trials < 1 or not budget_s > 0:
         raise UsageError(f"A search needs max_trials >= 1 and budget_s > 0, not {max_trials} and {budget_s}.")
-    proposer = samplers.make(sampler, space, seed=seed, seeds=seeds)
+    known = knowledge or Knowledge()
+    study = Study(
+        space, sampler=sampler, seed=seed, knowledge=replace(known, seeds=(*seeds, *known.seeds)), ledger=ledger,
+        ledger_key=ledger_key or LedgerKey(device=measured_on),
+    )  # fmt: skip
+    meter = Meter(measure, budget_s=budget_s, trial_timeout_s=trial_timeout_s)
     is_stopped = should_stop or (lambda: False)
-    began = time.perf_counter()
-    trials: list[Trial] = []
-    reason = _run(proposer, measure, trials, max_trials, began, budget_s, is_stopped, on_trial)
-    return SearchResult(
-        space_template=space.template,
-        shape=space.shape,
-        dtype=space.dtype,
-        sampler=sampler,
-        seed=seed,
-        measured_on=measured_on,
-        trials=tuple(trials),
-        best=_best(trials, measure, is_stopped, began, is_cancelled=reason == "cancelled"),
-        num_configs=len(space.configs),
-        stopped_because=reason,
-    )
+    try:
+        study.attach(attached)
+        reason = _run(study, meter, max_trials, is_stopped, on_trial, is_polished=samplers.info(sampler).is_polished)
+        best = _best(study, meter, is_stopped, reason)
+        return SearchResult(
+            space_template=space.template,
+            shape=space.shape,
+            dtype=space.dtype,
+            sampler=sampler,
+            seed=seed,
+            measured_on=measured_on,
+            trials=tuple(study.trials),
+            best=best,
+            num_configs=len(space.configs),
+            stopped_because=reason,
+            attached=tuple(study.attached),
+            finals=tuple(study.finals),
+            trust=study.trust,
+            ledger=None if ledger is None else Path(ledger).name,
+        )
+    finally:
+        study.close()
 
 
 def _run(
-    proposer: samplers.Sampler,
-    measure: Measure,
-    trials: list[Trial],
+    study: Study,
+    meter: Meter,
     max_trials: int,
-    began: float,
-    budget_s: float,
     is_stopped: Callable[[], bool],
     on_trial: Callable[[Trial], None] | None,
+    *,
+    is_polished: bool,
 ) -> StopReason:
-    """Ask, measure and tell until something ends it; each trial is appended as it ends."""
-    while len(trials) < max_trials:
+    """Ask, measure and tell until something ends it."""
+    num_polish = min(MAX_POLISH, int(POLISH_SHARE * max_trials)) if is_polished else 0
+    num_hangs = 0
+    while len(study.trials) < max_trials:
         if is_stopped():
             return "cancelled"
-        if trials and time.perf_counter() - began >= budget_s:
+        if study.trials and study.elapsed_s >= meter.budget_s:
             return "time"
-        config = proposer.ask()
-        if config is None:
+        asked = study.ask(is_polish=len(study.trials) >= max_trials - num_polish)
+        if not asked:
             return "exhausted"
-        trial = _try(config, measure, len(trials), began)
-        proposer.tell(config, trial.latency_ms)
-        trials.append(trial)
+        measured = meter.take(asked[0], study.bound, study.elapsed_s)
+        trial = study.tell(asked[0], measured)
         if on_trial is not None:
             on_trial(trial)
+        num_hangs = num_hangs + 1 if measured.failure == "timeout" else 0
+        if num_hangs == MAX_HANGS:
+            return "hanging"
     return "budget"
 
 
-def _try(config: KernelConfig, measure: Measure, index: int, began: float) -> Trial:
-    latency_ms, detail = _measure(config, measure)
-    return Trial(
-        index=index,
-        config=config,
-        latency_ms=latency_ms,
-        status="failed" if latency_ms is None else "ok",
-        detail=detail,
-        elapsed_s=time.perf_counter() - began,
-    )
-
-
-def _measure(config: KernelConfig, measure: Measure) -> tuple[float | None, str | None]:
-    """Return the latency, or None and the reason. Compilers raise types of their own, so any Exception is a failure."""
-    try:
-        latency_ms = float(measure(config))
-    except Exception as error:
-        text = error.message if isinstance(error, AgnitraError) else f"{type(error).__name__}: {error}"
-        return None, text[:MAX_DETAIL]
-    if not (math.isfinite(latency_ms) and latency_ms > 0):
-        return None, f"measured {latency_ms} ms, which is no latency"
-    return latency_ms, None
-
-
-def _best(
-    trials: Sequence[Trial], measure: Measure, is_stopped: Callable[[], bool], began: float, *, is_cancelled: bool
-) -> Trial | None:
+def _best(study: Study, meter: Meter, is_stopped: Callable[[], bool], reason: StopReason) -> Trial | None:
     """Measure the best trials again, in turn, and return the one with the lowest median."""
-    succeeded = sorted((t for t in trials if t.latency_ms is not None), key=lambda t: (t.latency_ms, t.index))
-    if is_cancelled:
-        return succeeded[0] if succeeded else None
-    if not succeeded:
+    best = study.best
+    if best is None and reason != "cancelled":
+        first = study.trials[0] if study.trials else None
+        said = f"; the first said: {first.detail}" if first is not None else ""
         raise SearchError(
-            f"All {len(trials)} trials failed; the first said: {trials[0].detail}",
+            f"All {len(study.trials)} trials failed{said}",
             hint="The kernel cannot run here as it is: keep the original ops.",
         )
-    finalists = succeeded[:NUM_FINALISTS]
-    again: dict[int, list[float]] = {finalist.index: [] for finalist in finalists}
-    fallen: set[int] = set()
-    for round_index in range(NUM_FINALIST_ROUNDS):
-        # The direction alternates, so that a drift of the clock favours no finalist.
-        for finalist in finalists if round_index % 2 == 0 else reversed(finalists):
-            if is_stopped() or finalist.index in fallen:
-                continue
-            latency_ms, _ = _measure(finalist.config, measure)
-            if latency_ms is None:
-                fallen.add(finalist.index)
-            else:
-                again[finalist.index].append(latency_ms)
-    return _named(finalists, again, fallen, began)
-
-
-def _named(finalists: Sequence[Trial], again: dict[int, list[float]], fallen: set[int], began: float) -> Trial:
-    standing = [finalist for finalist in finalists if finalist.index not in fallen]
-    if not standing:
-        raise SearchError("Every finalist failed when it was measured again.", hint="Keep the original ops.")
-    measured = [finalist for finalist in standing if len(again[finalist.index]) == NUM_FINALIST_ROUNDS]
-    if len(measured) < len(standing):
-        # The search was stopped among the finalists: their first measurements are the only ones on equal terms.
-        return standing[0]
-    best = min(measured, key=lambda finalist: (statistics.median(again[finalist.index]), finalist.index))
-    return best.model_copy(
-        update={
-            "latency_ms": statistics.median(again[best.index]),
-            "detail": f"median of {NUM_FINALIST_ROUNDS} further measurements",
-            "elapsed_s": time.perf_counter() - began,
-        }
-    )
+    if best is None or reason in ("cancelled", "hanging"):
+        return best
+    return named(study, meter, is_stopped)

@@ -1,0 +1,248 @@
+"""The two reward models of the bandit: one that begins with the siblings, and one that knows the coordinates alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agnitra_lab.refine.gaussian import Basis, Floats, Hyper, HyperPrior, Process, Singles, fit
+from agnitra_lab.refine.sampler import Observation, Problem
+from agnitra_lab.refine.siblings import Sibling
+
+CAP = 1.5
+"""Logarithm of the factor over the best at which a slow config counts as slow: e^1.5 is 4.5 times."""
+FIT_AT = (4, 6, 8, 11, 15, 20, 27, 36, 48, 72, 100, 150, 200, 300, 400)
+"""Observations at which the hyper-parameters are fitted: often while it is cheap, seldom later."""
+MAX_FITTED = 160
+NUM_META = 96
+SLOPE_SPREAD = 0.3
+
+
+def capped(over: Floats, cap: float = CAP) -> Floats:
+    """Bend the logarithm of latency over the best: equal near 0, towards `cap` far away, order kept.
+
+    What is five times too slow and what is fifty times too slow tell the same about where the optimum is.
+    """
+    return np.asarray(cap * -np.expm1(-over / cap))
+
+
+class Seen:
+    """Everything that was observed, shared by the models.
+
+    Attributes:
+        arms: with a latency, in the order of learning.
+        failed: arms that failed.
+    """
+
+    def __init__(self, num_configs: int) -> None:
+        self.arms: list[int] = []
+        self.failed: list[int] = []
+        self._logs: list[float] = []
+        self._num_configs = num_configs
+
+    @property
+    def num_known(self) -> int:
+        """Arms with a latency."""
+        return len(self.arms)
+
+    def add(self, seen: Observation) -> None:
+        """Take one arm."""
+        if seen.log_ms is None:
+            self.failed.append(seen.arm)
+        else:
+            self.arms.append(seen.arm)
+            self._logs.append(seen.log_ms)
+
+    def values(self, scale: float) -> Floats:
+        """Return [observations], the bent logarithms over the best, in units of `scale`."""
+        logs = np.array(self._logs)
+        return capped(logs - logs.min()) / scale if len(logs) else logs
+
+    def best_value(self, scale: float) -> float | None:
+        """Return the lowest of `values`; None before the first."""
+        return 0.0 if self._logs else None
+
+    def odds_of_success(self, model: RewardModel) -> Floats | float:
+        """Return [configs], how likely each is to run at all, from the failures and successes near it."""
+        if not self.failed:
+            return 1.0
+        return model.odds_of_success()
+
+
+class RewardModel:
+    """A Gaussian process over features of the configs, fitted again every so often.
+
+    Attributes:
+        scale: of the values that it learns.
+    """
+
+    scale = 1.0
+
+    def __init__(self, features: Floats, basis: Basis, prior: HyperPrior, seen: Seen) -> None:
+        self._features = features
+        self._single = features.astype(np.float32)
+        self._basis = basis
+        self._prior = prior
+        self._seen = seen
+        self._process = Process(self._single, prior.mean)
+        self._fitted_at = 0
+        self._near_ok = np.zeros(len(features), dtype=np.float32)
+        self._near_failed = np.zeros(len(features), dtype=np.float32)
+        self._num_ok = self._num_failed = 0
+
+    def predict(self) -> tuple[Singles, Singles]:
+        """Return the posterior mean and standard deviation of every config."""
+        self._catch_up()
+        mean, deviation, _ = self._process.predict(self._seen.values(self.scale), self._basis)
+        return mean, deviation
+
+    def log_likelihood(self) -> float:
+        """Return the evidence of the observations, as of the last fit."""
+        self._catch_up()
+        return self._process.log_likelihood(self._seen.values(self.scale), self._basis)
+
+    def draw(self, arms: NDArray[np.intp], mean: Singles, num: int, rng: np.random.Generator) -> Floats:
+        """Draw functions of the posterior on some arms: [num, arms]."""
+        return self._process.draw(arms, mean, num, rng)
+
+    def odds_of_success(self) -> Floats:
+        """Return [configs], the share of successes near each config, shrunk towards the overall share."""
+        unit = np.float32(math.exp(-self._process.hyper.log_amplitude))
+        for arm in self._seen.arms[self._num_ok :]:
+            self._near_ok += self._process.kernel_row(arm) * unit
+        for arm in self._seen.failed[self._num_failed :]:
+            self._near_failed += self._process.kernel_row(arm) * unit
+        self._num_ok, self._num_failed = len(self._seen.arms), len(self._seen.failed)
+        overall = (self._num_ok + 1) / (self._num_ok + self._num_failed + 1)
+        return np.asarray((self._near_ok + 0.2 * overall) / (self._near_ok + self._near_failed + 0.2), dtype=np.float64)
+
+    def _catch_up(self) -> None:
+        num = self._seen.num_known
+        due = max((at for at in FIT_AT if at <= num), default=0)
+        if due > self._fitted_at:
+            self._fitted_at = due
+            self._refit()
+        for arm in self._seen.arms[len(self._process.arms) :]:
+            self._process.append(arm)
+
+    def _refit(self) -> None:
+        arms, values = self._seen.arms, self._seen.values(self.scale)
+        kept = np.arange(len(arms))
+        if len(arms) > MAX_FITTED:
+            # The best ones and the latest ones: they are where the next question will be.
+            best = np.argsort(values, kind="stable")[: MAX_FITTED // 2]
+            kept = np.union1d(best, kept[-MAX_FITTED // 2 :])
+        chosen = np.array(arms)[kept]
+        columns = self._basis.columns[chosen]
+        basis = Basis(columns, self._basis.mean, self._basis.precision)
+        hyper = fit(self._features[chosen], values[kept], basis, self._prior, self._process.hyper)
+        self._process = Process(self._single, hyper)
+        self._process.extend(list(arms))
+        self._near_ok[:] = 0
+        self._near_failed[:] = 0
+        self._num_ok = self._num_failed = 0
+
+
+class ColdModel(RewardModel):
+    """Knows coordinates and compiler facts."""
+
+    def __init__(self, problem: Problem, seen: Seen) -> None:
+        features = _coordinates(problem)
+        num = features.shape[1]
+        mean = Hyper(np.full(num, math.log(0.5 * math.sqrt(max(1, num)))), math.log(0.25), math.log(0.003))
+        spread = np.concatenate([np.full(num, 1.0), [1.0, 1.5]])
+        ones = np.ones((len(features), 1))
+        super().__init__(features, Basis(ones, np.zeros(1), np.zeros(1)), HyperPrior(mean, spread), seen)
+
+
+class WarmModel(RewardModel):
+    """Begins with the siblings' mean, and learns how this landscape differs from it."""
+
+    def __init__(self, problem: Problem, seen: Seen) -> None:
+        self._names = [sibling.name for sibling in problem.siblings]
+        self._bent = np.array([_bent(sibling) for sibling in problem.siblings])
+        coordinates = _coordinates(problem)
+        features = np.column_stack([coordinates, self._bent.mean(axis=0)])
+        prior = _meta_prior(coordinates, self._bent, problem.seed)
+        super().__init__(features, self._mixed(np.full(len(self._bent), 1 / len(self._bent))), prior, seen)
+        self._weights = np.full(len(self._bent), 1 / len(self._bent))
+
+    def shares(self) -> dict[str, float]:
+        """How much of the mean each sibling has; they sum to 1."""
+        return dict(zip(self._names, self._weights.tolist(), strict=True))
+
+    def _catch_up(self) -> None:
+        self._weights = self._weigh()
+        self._basis = self._mixed(self._weights)
+        super()._catch_up()
+
+    def _mixed(self, weights: Floats) -> Basis:
+        mean = weights @ self._bent
+        return Basis(
+            np.column_stack([np.ones(len(mean)), mean]), np.array([0.0, 1.0]), np.array([0.0, SLOPE_SPREAD**-2])
+        )
+
+    def _weigh(self) -> Floats:
+        """The odds that each sibling's landscape, shifted, is the one that the measurements come from."""
+        num = self._seen.num_known
+        if num < 2 or len(self._bent) == 1:
+            return np.full(len(self._bent), 1 / len(self._bent))
+        gaps = self._seen.values(self.scale) - self._bent[:, self._seen.arms]
+        gaps -= gaps.mean(axis=1, keepdims=True)
+        # Pseudo-observations keep the first few measurements from deciding everything.
+        variance = ((gaps**2).sum(axis=1) + 4 * 0.15**2) / (num - 1 + 4)
+        log_odds = -0.5 * (num - 1) * np.log(variance)
+        odds = np.exp(log_odds - log_odds.max())
+        return np.asarray(odds / odds.sum())
+
+
+def _coordinates(problem: Problem) -> Floats:
+    """Coordinates that vary, and facts: [configs, features] in 0..1."""
+    points = problem.encoding.points
+    varied = points[:, np.ptp(points, axis=0) > 0] if len(points) else points
+    facts = problem.facts if len(problem.facts) else np.zeros((len(points), 0))
+    features = np.column_stack([varied, facts])
+    return features if features.shape[1] else np.zeros((len(points), 1))
+
+
+def _bent(sibling: Sibling) -> Floats:
+    return capped(sibling.log_ms - sibling.log_ms.min())
+
+
+def _meta_prior(coordinates: Floats, bent: Floats, seed: int) -> HyperPrior:
+    """Learn from the siblings how siblings differ: each in turn is the target, the mean of the others its guess.
+
+    With one sibling there is no difference to learn from; its own shape gives the length scales.
+    """
+    num = coordinates.shape[1]
+    lengths = np.concatenate([np.full(num, math.log(0.5 * math.sqrt(max(1, num)))), [math.log(0.7)]])
+    start = Hyper(lengths, math.log(0.04), math.log(0.01))
+    prior = HyperPrior(start, np.concatenate([np.full(num + 1, 1.0), [1.0, 1.5]]))
+    if len(bent) < 2 or len(coordinates) < 8:
+        return prior
+    fitted = [_difference(index, coordinates, bent, prior, seed) for index in range(min(len(bent), 4))]
+    mean = Hyper.of(np.mean([hyper.vector() for hyper in fitted], axis=0))
+    return HyperPrior(mean, np.concatenate([np.full(num + 1, 0.7), [1.0, 1.0]]))
+
+
+def _difference(index: int, coordinates: Floats, bent: Floats, prior: HyperPrior, seed: int) -> Hyper:
+    rng = np.random.default_rng([seed, index])
+    others = np.delete(bent, index, axis=0).mean(axis=0)
+    size = min(NUM_META, len(coordinates))
+    # Half of them where the search will be: among the best of either.
+    best = np.argsort(np.minimum(others, bent[index]), kind="stable")[: 4 * size]
+    chosen = np.union1d(
+        rng.choice(best, size=min(size // 2, len(best)), replace=False),
+        rng.choice(len(coordinates), size=size // 2, replace=False),
+    )
+    features = np.column_stack([coordinates[chosen], others[chosen]])
+    basis = Basis(
+        np.column_stack([np.ones(len(chosen)), others[chosen]]), np.array([0.0, 1.0]), np.array([0.0, SLOPE_SPREAD**-2])
+    )
+    return fit(features, bent[index][chosen], basis, prior, prior.mean, num_steps=20)
+
+
+__all__: Sequence[str] = ("ColdModel", "RewardModel", "Seen", "WarmModel", "capped")
