@@ -292,7 +292,8 @@ def _cholesky(covariance: Floats) -> Floats:
     scale = float(np.mean(np.diag(covariance)))
     for jitter in (0.0, 1e-8, 1e-6, 1e-4, 1e-2):
         try:
-            return np.linalg.cholesky(covariance + jitter * scale * np.eye(len(covariance)))
+            factor = np.linalg.cholesky(covariance + jitter * scale * np.eye(len(covariance)))
+            return np.asarray(factor, dtype=np.float64)
         except np.linalg.LinAlgError:
             continue
     return np.diag(np.sqrt(np.maximum(np.diag(covariance), 1e-12)))

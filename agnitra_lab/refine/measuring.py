@@ -40,7 +40,7 @@ class Meter:
         budget_s: seconds that the search may take.
     """
 
-    def __init__(self, measure: Measure, *, budget_s: float, trial_timeout_s: float | None = None) -> None:
+    def __init__(self, measure: Measure, budget_s: float, trial_timeout_s: float | None = None) -> None:
         self.budget_s = budget_s
         self._measure = measure
         self._trial_timeout_s = trial_timeout_s

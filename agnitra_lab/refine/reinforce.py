@@ -67,7 +67,8 @@ class Reinforce:
 
     def _expected(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum weights over the values they stand on: with the policy, how often each value is drawn."""
-        return np.bincount(self._slots.ravel(), np.repeat(weights, self._slots.shape[1]), minlength=len(self._logits))
+        spread = np.repeat(weights, self._slots.shape[1])
+        return np.bincount(self._slots.ravel(), spread, minlength=len(self._logits)).astype(np.float64)
 
     def _warm_up(self, landscapes: Sequence[NDArray[np.float64]]) -> None:
         if not landscapes:

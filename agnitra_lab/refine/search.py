@@ -14,7 +14,7 @@ from agnitra_lab.errors import SearchError, UsageError
 from agnitra_lab.refine import sampler as samplers
 from agnitra_lab.refine.finals import MAX_FINALISTS, named
 from agnitra_lab.refine.measuring import Measure, Meter
-from agnitra_lab.refine.study import Knowledge, LedgerKey, StopReason, Study
+from agnitra_lab.refine.study import NOTHING_KNOWN, Knowledge, LedgerKey, StopReason, Study
 
 MAX_HANGS = 3
 """Measurements in a row that hang before the device is given up."""
@@ -33,7 +33,7 @@ def search(
     trial_timeout_s: float | None = None,
     seed: int = 0,
     seeds: Sequence[KernelConfig] = (),
-    knowledge: Knowledge | None = None,
+    knowledge: Knowledge = NOTHING_KNOWN,
     attached: Iterable[ForeignResult] = (),
     ledger: str | Path | None = None,
     ledger_key: LedgerKey | None = None,
@@ -46,65 +46,64 @@ def search(
     Args:
         space: the valid configs.
         measure: returns the latency of a config in milliseconds, or a `Measurement`; what it raises makes the trial a
-            failed one. One that takes a keyword `bound` is given what it may compare its samples with.
+            failed one. One that takes a keyword `bound` may compare its samples with it.
         sampler: a key of `sampler.SAMPLERS`.
         max_trials: number of configs to measure at most, those of a resumed ledger included.
         budget_s: seconds after which no further config is begun; one is always measured.
-        trial_timeout_s: seconds after which one measurement counts as hanging; by default what is left of the budget,
-            and some seconds of grace.
+        trial_timeout_s: seconds after which one measurement counts as hanging; by default the end of the budget.
         seed: of the sampler's random numbers.
-        seeds: configs to measure first, before those of `knowledge`; those not in the space are left out.
+        seeds: configs to measure first; those that are not in the space are left out.
         knowledge: siblings, hints and compiler facts that the sampler begins with.
         attached: measurements that others made of this very space on this very device.
         ledger: file that every step is written to; a search that was killed goes on from it.
         ledger_key: kernel, device and versions that the ledger's measurements depend on.
         measured_on: device name, or "recorded: <device>" for a replay.
-        on_trial: called with each trial as it ends.
-        should_stop: asked before each measurement; True ends the search with what it has.
+        on_trial: called with each trial.
+        should_stop: asked before each measurement; True ends the search.
 
     Returns:
-        All trials with their first measurements, and the best one. `best.latency_ms` is the median of the second
-        measurements of the finalists: the lowest of many single measurements is lower than its config is (the
-        winner's curse), and the best few, measured again in turn, are judged on equal terms. A search that is
-        cancelled before anything succeeded has no best.
+        All trials with their first measurements, and the best one with the median of its second measurements
+        (`finals` says why). A search that is cancelled before anything succeeded has no best.
 
     Raises:
         SearchError: when the space is empty, every trial failed, or the measurements hang.
         UsageError: for an unknown sampler or a limit that allows no trial.
         LedgerError: for a ledger that is corrupt, belongs to another search, or is in use.
     """
-    samplers.info(sampler)
     if max_trials < 1 or not budget_s > 0:
         raise UsageError(f"A search needs max_trials >= 1 and budget_s > 0, not {max_trials} and {budget_s}.")
-    known = knowledge or Knowledge()
-    study = Study(
-        space, sampler=sampler, seed=seed, knowledge=replace(known, seeds=(*seeds, *known.seeds)), ledger=ledger,
-        ledger_key=ledger_key or LedgerKey(device=measured_on),
-    )  # fmt: skip
-    meter = Meter(measure, budget_s=budget_s, trial_timeout_s=trial_timeout_s)
-    is_stopped = should_stop or (lambda: False)
+    known = replace(knowledge, seeds=(*seeds, *knowledge.seeds))
+    key = ledger_key or LedgerKey(device=measured_on)
+    study = Study(space, sampler=sampler, seed=seed, knowledge=known, ledger=ledger, ledger_key=key)
+    meter, is_stopped = Meter(measure, budget_s, trial_timeout_s), should_stop or (lambda: False)
     try:
         study.attach(attached)
         reason = _run(study, meter, max_trials, is_stopped, on_trial, is_polished=samplers.info(sampler).is_polished)
-        best = _best(study, meter, is_stopped, reason)
-        return SearchResult(
-            space_template=space.template,
-            shape=space.shape,
-            dtype=space.dtype,
-            sampler=sampler,
-            seed=seed,
-            measured_on=measured_on,
-            trials=tuple(study.trials),
-            best=best,
-            num_configs=len(space.configs),
-            stopped_because=reason,
-            attached=tuple(study.attached),
-            finals=tuple(study.finals),
-            trust=study.trust,
-            ledger=None if ledger is None else Path(ledger).name,
-        )
+        return _result(study, sampler, seed, measured_on, _best(study, meter, is_stopped, reason), reason, ledger)
     finally:
         study.close()
+
+
+def _result(
+    study: Study, sampler: str, seed: int, measured_on: str, best: Trial | None, reason: StopReason,
+    ledger: str | Path | None,
+) -> SearchResult:  # fmt: skip
+    return SearchResult(
+        space_template=study.space.template,
+        shape=study.space.shape,
+        dtype=study.space.dtype,
+        sampler=sampler,
+        seed=seed,
+        measured_on=measured_on,
+        trials=tuple(study.trials),
+        best=best,
+        num_configs=len(study.space.configs),
+        stopped_because=reason,
+        attached=tuple(study.attached),
+        finals=tuple(study.finals),
+        trust=study.trust,
+        ledger=None if ledger is None else Path(ledger).name,
+    )
 
 
 def _run(

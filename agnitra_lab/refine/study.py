@@ -57,6 +57,9 @@ class Knowledge:
     facts: Mapping[str, Mapping[str, float]] | None = None
 
 
+NOTHING_KNOWN = Knowledge()
+
+
 @dataclass(frozen=True)
 class LedgerKey:
     """What a ledger's measurements depend on beside the space.
@@ -88,7 +91,7 @@ class Study:
         *,
         sampler: str = "rl",
         seed: int = 0,
-        knowledge: Knowledge | None = None,
+        knowledge: Knowledge = NOTHING_KNOWN,
         ledger: str | Path | None = None,
         ledger_key: LedgerKey | None = None,
     ) -> None:
@@ -113,7 +116,6 @@ class Study:
                 f"The search space of {space.template} at {space.shape} {space.dtype} has no valid config.",
                 hint="Widen its parameters or loosen its constraints: nothing was measured.",
             )
-        known = knowledge or Knowledge()
         self.space = space
         self.trials: list[Trial] = []
         self.attached: list[Trial] = []
@@ -124,11 +126,11 @@ class Study:
                 name=sampler,
                 encoding=self._encoding,
                 seed=seed,
-                siblings=_aligned(known, self._encoding),
-                facts=facts_of(known.facts, self._encoding),
+                siblings=_aligned(knowledge, self._encoding),
+                facts=facts_of(knowledge.facts, self._encoding),
             )
         )
-        self._queue = [self._encoding.index(config) for config in samplers.valid_seeds(known.seeds, space)][::-1]
+        self._queue = [self._encoding.index(config) for config in samplers.valid_seeds(knowledge.seeds, space)][::-1]
         self._is_open = np.ones(len(self._encoding), dtype=bool)
         self._pending: dict[int, None] = {}
         self._reissued: list[int] = []
@@ -137,7 +139,7 @@ class Study:
         self._began = time.perf_counter()
         self._ledger: Ledger | None = None
         if ledger is not None:
-            header = _header(space, sampler, seed, known, ledger_key or LedgerKey())
+            header = _header(space, sampler, seed, knowledge, ledger_key or LedgerKey())
             self._ledger = Ledger(ledger, header)
             self._replay()
 

@@ -1,4 +1,4 @@
-"""Synthetic landscapes by mechanism, for the robustness of searches. No device has these times; no headline quotes them.
+"""Synthetic landscapes by mechanism, for the robustness of searches: no device has these times, no headline too.
 
 Three kernel families (a tiled matrix product, an image convolution, a reduction over channels) on made-up devices:
 occupancy by registers and shared memory, waves and tails, vector widths, spills, bank conflicts, cliffs, a fixed
