@@ -83,6 +83,7 @@ def _complain(text: str) -> None:
 from agnitra_lab.cli import (  # noqa: E402
     landscape_commands,  # noqa: F401
     loop_commands,  # noqa: F401
+    refine_commands,  # noqa: F401
     run_commands,  # noqa: F401
     suggest_commands,  # noqa: F401
     suite_commands,  # noqa: F401

@@ -15,14 +15,13 @@ from rich.table import Table
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.measurement import CandidateResult
 from agnitra_lab.contracts.report import Checkpoint, Report
-from agnitra_lab.contracts.search import SearchResult
+from agnitra_lab.contracts.search import SearchResult, Trial
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.redact import redact_text
 
 if TYPE_CHECKING:
     from agnitra_lab.loop import Result
     from agnitra_lab.profiler.telemetry import Telemetry
-    from agnitra_lab.refine.replay import Landscape
     from agnitra_lab.runs.read import RunEntry
     from agnitra_lab.runs.regressions import Regressions
 
@@ -148,24 +147,39 @@ def print_telemetry(telemetry: Telemetry, directory: Path, target: str, *, is_js
     _line(f"Next: agnitra benchmark {escape(target)}")
 
 
-def print_search(result: SearchResult, landscape: Landscape, *, is_json: bool) -> None:
-    """How a search went, against the recorded optimum."""
+def print_trial(trial: Trial) -> None:
+    """One line a measurement, as it ends."""
+    shown = f"{trial.latency_ms * 1e3:9.2f} us" if trial.latency_ms else f"[{ORANGE}]{trial.failure or 'failed':>12}[/]"
+    _line(f"[{MUTED}]{trial.index + 1:4}[/] {shown}  {escape(trial.config.key())}")
+
+
+def print_search(result: SearchResult, optimum_ms: float | None, *, is_json: bool) -> None:
+    """How a search went, against the optimum of the space where it is known."""
     if is_json:
         _print_json(result)
         return
-    optimum_ms = landscape.best_latency_ms
-    table = Table(
-        "measurement", "latency us", "best so far us", "config", title=f"{result.space_template}, {result.measured_on}"
+    num_failed = sum(trial.status == "failed" for trial in result.trials)
+    _line(
+        f"{result.space_template}, {result.measured_on}: {len(result.trials)} of {result.num_configs} configs measured "
+        f"by {result.sampler}, {num_failed} failed, ended by {result.stopped_because}."
     )
-    best = float("inf")
-    for trial in result.trials:
-        best = min(best, trial.latency_ms or best)
-        shown = f"{trial.latency_ms * 1e3:.2f}" if trial.latency_ms else "failed"
-        table.add_row(str(trial.index + 1), shown, f"{best * 1e3:.2f}", trial.config.key())
-    _console.print(table)
+    for name, share in result.trust.items():
+        _line(f"[{MUTED}]trust[/] {share:6.1%}  {escape(name)}")
     if result.best and result.best.latency_ms:
-        best_us, loss = result.best.latency_ms * 1e3, result.best.latency_ms / optimum_ms - 1
-        _line(f"Best {best_us:.2f} us: {loss:.1%} above the recorded optimum.")
+        above = (
+            "" if optimum_ms is None else f", {result.best.latency_ms / optimum_ms - 1:.1%} above the recorded optimum"
+        )
+        _line(f"[bold]Best {result.best.latency_ms * 1e3:.2f} us[/]{above}: {escape(result.best.config.key())}")
+
+
+def print_samplers() -> None:
+    """What can be searched with, best first."""
+    from agnitra_lab.refine.sampler import SAMPLERS
+
+    table = Table("sampler", "what it does", "median measurements to 2%: with siblings / cold", "needs")
+    for name, info in SAMPLERS.items():
+        table.add_row(name, info.summary, info.rank, f"agnitra-lab[{info.extra}]" if info.extra else "")
+    _console.print(table)
 
 
 def print_runs(entries: Sequence[RunEntry], artifacts: Path, *, is_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Commands along the loop: demo, optimize, profile, refine, generate, benchmark; suggest has its own file."""
+"""Commands along the loop: demo, optimize, profile, generate, benchmark; suggest and refine have their own files."""
 
 from __future__ import annotations
 
@@ -123,33 +123,6 @@ def profile(
         resolve(target), artifacts=artifacts, repeat=repeat, trace=trace, command=_command()
     )
     console.print_telemetry(telemetry, directory, target, is_json=is_json)
-    return 0
-
-
-@app.command()
-def refine(
-    template: Annotated[str, typer.Argument(help="Kernel template, such as rms_norm.")],
-    sampler: SamplerOption = SamplerName.RL,
-    max_trials: Annotated[int, typer.Option("--trials", min=1)] = 24,
-    seed: Seed = 0,
-    is_json: Json = False,
-) -> int:
-    """Search a kernel template's configs on recorded measurements of a GPU."""
-    from agnitra_lab.cli import console
-    from agnitra_lab.refine import replay, search
-
-    path = replay.find(template)
-    if path is None:
-        raise UsageError(f"No recorded landscape of {template!r}.", hint=f"Recorded: {', '.join(replay.recorded())}.")
-    landscape = replay.load(path)
-    name = _sampler(sampler)
-    if name is None:
-        raise UsageError("A search needs a sampler.", hint="Use --sampler rl or --sampler random.")
-    result = search.search(
-        landscape.space, landscape.measure, sampler=name, max_trials=max_trials, seed=seed,
-        measured_on=f"recorded: {landscape.device_name}",
-    )  # fmt: skip
-    console.print_search(result, landscape, is_json=is_json)
     return 0
 
 

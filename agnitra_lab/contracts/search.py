@@ -32,8 +32,8 @@ class SearchSpace(Contract):
     """The valid points: constraints are membership in this tuple."""
 
 
-FailureClass = Literal["compile", "runtime", "memory", "timeout", "correctness", "constraints", "crash", "unknown"]
-"""Why a config has no latency. The words of the T4 results schema, with memory, crash and unknown split off runtime."""
+FailureClass = Literal["compile", "launch", "oom", "timeout", "wrong", "constraint", "crash", "unknown"]
+"""Why a config has no latency: in the words of a recording, and two for what a recording never holds."""
 
 Provenance = Literal["measured", "llm", "preset", "ledger", "landscape"]
 """Who measured: this search, a round of a language model's, a preset's trial, an earlier ledger, a recording."""

@@ -59,7 +59,7 @@ class Refinement:
         self._known: TunedConfigs | None = None
         if self._is_measured:
             folder = settings.tuned_folder or default_folder()
-            self._known = TunedConfigs(folder, device_info.name, _versions(device_info))
+            self._known = TunedConfigs(folder, device_info.name, versions_of(device_info))
 
     def run(self, sites: Sequence[Site]) -> tuple[list[SearchResult], list[str]]:
         """Take or find the config of each site.
@@ -146,6 +146,7 @@ class Refinement:
         )  # fmt: skip
 
 
-def _versions(device: DeviceInfo) -> dict[str, str]:
+def versions_of(device: DeviceInfo) -> dict[str, str]:
+    """What a device's timings depend on beside the device."""
     facts = {"torch": device.torch_version, "triton": device.triton_version, "driver": device.driver_version}
     return {name: value or "" for name, value in facts.items()}

@@ -7,11 +7,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-NUM_CANDIDATES = 128
+NUM_CANDIDATES = 16
 _ROOT_TAU = math.sqrt(2 * math.pi)
 
 
-def expected_improvement(mean: NDArray[np.float32], deviation: NDArray[np.float32], best: float) -> NDArray[np.float64]:
+def expected_improvement(mean: NDArray[np.float32], deviation: NDArray[np.float32], best: float) -> NDArray[np.float32]:
     """Return how much lower than `best` each config is expected to be, counting only what is lower.
 
     Args:
@@ -19,11 +19,12 @@ def expected_improvement(mean: NDArray[np.float32], deviation: NDArray[np.float3
         deviation: [configs], standard deviations, above 0.
         best: the lowest value seen.
     """
-    z = (best - mean.astype(np.float64)) / deviation
-    density = np.exp(-0.5 * z**2) / _ROOT_TAU
+    z = (np.float32(best) - mean) / deviation
+    density = np.exp(np.float32(-0.5) * z * z) / np.float32(_ROOT_TAU)
     # In the far tail the difference of two nearly equal numbers is noise; its expansion is not.
-    tail = density / np.maximum(z**2, 1.0)
-    return np.asarray(deviation * np.where(z < -4, tail, z * _normal_cdf(z) + density))
+    tail = density / np.maximum(z * z, np.float32(1))
+    near = np.maximum(z * _normal_cdf(z, density) + density, 0)
+    return np.asarray(deviation * np.where(z < -3, tail, near))
 
 
 def spread_out(
@@ -59,12 +60,15 @@ def spread_out(
     return chosen
 
 
-def _normal_cdf(z: NDArray[np.float64]) -> NDArray[np.float64]:
+def _normal_cdf(z: NDArray[np.float32], density: NDArray[np.float32]) -> NDArray[np.float32]:
     """The normal distribution function, to 1e-7.
 
     Source: Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.2.17.
     """
-    t = 1 / (1 + 0.2316419 * np.abs(z))
-    series = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
-    upper = np.exp(-0.5 * z**2) / _ROOT_TAU * series
-    return np.where(z >= 0, 1 - upper, upper)
+    t = np.float32(1) / (np.float32(1) + np.float32(0.2316419) * np.abs(z))
+    series = np.zeros_like(t)
+    for weight in (1.330274429, -1.821255978, 1.781477937, -0.356563782, 0.319381530):
+        series += np.float32(weight)
+        series *= t
+    upper = density * series
+    return np.where(z >= 0, np.float32(1) - upper, upper)

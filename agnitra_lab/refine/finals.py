@@ -17,16 +17,18 @@ from agnitra_lab.refine.bound import Bound
 from agnitra_lab.refine.measuring import Meter
 from agnitra_lab.refine.study import Study
 
-MIN_FINALISTS, MAX_FINALISTS = 3, 8
-MIN_ROUNDS, MAX_ROUNDS = 2, 10
+MIN_FINALISTS, MAX_FINALISTS, MOST_FINALISTS = 3, 10, 24
+MIN_ROUNDS, MAX_ROUNDS, MAX_FINALS = 2, 60, 600
 REACH = 1.10
-"""A config more than 10% behind in its first measurement is no finalist, unless there are too few."""
+"""A config more than 10% behind in its first measurement is no finalist, unless there are too few or noise says so."""
 CONFIDENCE = 2.5
 """Standard errors of the difference by which a finalist must lag behind to drop out."""
 LATE_SHARE = 0.25
 """Of the budget, that further rounds may take on top of it."""
-INDIFFERENCE = 0.001
-"""Nobody minds a tenth of a percent: when the standard error is below it, the race is over."""
+LEAST_SPREAD = 0.002
+"""A timer has steps: two equal times do not mean that there is no noise."""
+INDIFFERENCE = 0.0015
+"""Nobody minds so small a difference: when the standard error is below it, the race is over."""
 
 
 def named(study: Study, meter: Meter, is_stopped: Callable[[], bool]) -> Trial:
@@ -44,39 +46,41 @@ def named(study: Study, meter: Meter, is_stopped: Callable[[], bool]) -> Trial:
     Raises:
         SearchError: when every finalist failed the second time.
     """
-    race = _Race(_finalists(study), study.finals)
+    race = _Race(_ranked(study), study.finals)
+    num_measured = 0
     for round_index in range(MAX_ROUNDS):
-        runners = race.standing()
-        is_late = study.elapsed_s > meter.budget_s * (1 + LATE_SHARE)
+        is_late = study.elapsed_s > meter.budget_s * (1 + LATE_SHARE) or num_measured > MAX_FINALS
         if round_index >= MIN_ROUNDS and (is_late or race.is_decided()):
             break
+        if round_index == MIN_ROUNDS:
+            race.widen()
+        runners = race.standing()
         for finalist in runners if round_index % 2 == 0 else reversed(runners):
-            if race.count(finalist) > round_index:
-                continue
-            if is_stopped():
-                return race.winner(study.elapsed_s)
-            again = study.tell_final(finalist.config, meter.take(finalist.config, Bound(), study.elapsed_s))
-            race.add(again)
+            while race.count(finalist) <= round_index and not race.is_out(finalist):
+                if is_stopped():
+                    return race.winner(study.elapsed_s)
+                race.add(study.tell_final(finalist.config, meter.take(finalist.config, Bound(), study.elapsed_s)))
+                num_measured += 1
         race.drop_the_slow()
         if not race.standing():
             raise SearchError("Every finalist failed when it was measured again.", hint="Keep the original ops.")
     return race.winner(study.elapsed_s)
 
 
-def _finalists(study: Study) -> list[Trial]:
-    succeeded = sorted(
+def _ranked(study: Study) -> list[Trial]:
+    return sorted(
         (trial for trial in (*study.attached, *study.trials) if trial.latency_ms is not None and not trial.is_aborted),
         key=lambda trial: (trial.latency_ms, trial.index),
     )
-    limit_ms = REACH * (succeeded[0].latency_ms or 0.0) if succeeded else 0.0
-    near = [trial for trial in succeeded if (trial.latency_ms or 0.0) <= limit_ms]
-    return succeeded[: max(MIN_FINALISTS, min(len(near), MAX_FINALISTS))]
 
 
 class _Race:
-    def __init__(self, finalists: Sequence[Trial], earlier: Sequence[Trial]) -> None:
-        self._finalists = list(finalists)
-        self._ms: dict[str, list[float]] = {trial.config.key(): [] for trial in finalists}
+    def __init__(self, ranked: Sequence[Trial], earlier: Sequence[Trial]) -> None:
+        limit_ms = REACH * (ranked[0].latency_ms or 0.0) if ranked else 0.0
+        num_near = sum((trial.latency_ms or 0.0) <= limit_ms for trial in ranked)
+        num = max(MIN_FINALISTS, min(num_near, MAX_FINALISTS))
+        self._finalists, self._waiting = list(ranked[:num]), list(ranked[num:])
+        self._ms: dict[str, list[float]] = {trial.config.key(): [] for trial in ranked}
         self._out: set[str] = set()
         for trial in earlier:
             self.add(trial)
@@ -90,6 +94,16 @@ class _Race:
             self._out.add(key)
         else:
             self._ms[key].append(again.latency_ms)
+
+    def widen(self) -> None:
+        """Let in whoever was unlucky at first, now that the noise is known: one whose first time explains it."""
+        reach = math.exp(CONFIDENCE * self._spread())
+        leader_ms = min(statistics.median(self._ms[trial.config.key()]) for trial in self.standing())
+        let_in = [trial for trial in self._waiting if (trial.latency_ms or 0.0) <= leader_ms * reach]
+        self._finalists += let_in[: MOST_FINALISTS - len(self._finalists)]
+
+    def is_out(self, finalist: Trial) -> bool:
+        return finalist.config.key() in self._out
 
     def count(self, finalist: Trial) -> int:
         return len(self._ms[finalist.config.key()])
@@ -129,9 +143,18 @@ class _Race:
         return math.log(statistics.median(self._ms[trial.config.key()]))
 
     def _error(self, num_rounds: int) -> float:
-        """The standard error of the difference of two medians, from the spread of all finalists around their own."""
+        """The standard error of the difference of two medians: each is 1.25 times as uncertain as a mean."""
+        return 1.25 * self._spread() * math.sqrt(2 / max(1, num_rounds))
+
+    def _spread(self) -> float:
+        """The spread of one measurement, from all finalists around their own; that of few is itself a guess."""
+        if self._is_exact():
+            return 0.0
         logs = [[math.log(value) for value in times] for times in self._ms.values() if len(times) > 1]
         away = [(value - statistics.fmean(row)) ** 2 for row in logs for value in row]
-        freedom = len(away) - len(logs)
-        # A median of normal samples is 1.25 times as uncertain as their mean.
-        return 1.25 * math.sqrt(2 * sum(away) / max(1, freedom) / max(1, num_rounds))
+        freedom = max(1, len(away) - len(logs))
+        return max(math.sqrt(sum(away) / freedom), LEAST_SPREAD) * (1 + 2.5 / freedom)
+
+    def _is_exact(self) -> bool:
+        """Whether every measurement repeats the first one to the digit, as a replay of medians does."""
+        return all(time == trial.latency_ms for trial in self._finalists for time in self._ms[trial.config.key()])

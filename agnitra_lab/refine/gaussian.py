@@ -20,6 +20,8 @@ Floats: TypeAlias = NDArray[np.float64]
 Singles: TypeAlias = NDArray[np.float32]
 
 _FIRST_ROWS = 32
+_CHUNK = 1024
+"""Configs whose covariances with all observations are worked on at once, so that they stay in the cache."""
 _SQRT5 = math.sqrt(5.0)
 
 
@@ -98,6 +100,8 @@ class Process:
         self._rows: Singles = np.empty((_FIRST_ROWS, len(features)), dtype=np.float32)
         self._factor = np.zeros((_FIRST_ROWS, _FIRST_ROWS))
         self._variance = np.full(len(features), self._amplitude, dtype=np.float32)
+        self._inverse: Singles = np.empty((0, 0), dtype=np.float32)
+        self._num_filled = len(features)
 
     @property
     def factor(self) -> Floats:
@@ -123,31 +127,52 @@ class Process:
         np.subtract(self._variance, row * row, out=self._variance)
         self.arms.append(arm)
 
-    def extend(self, arms: list[int]) -> None:
-        """Observe many arms at once, by one factorisation; only before any other."""
+    def begin(self, arms: list[int]) -> None:
+        """Observe many arms at once, by one factorisation; only before any other. `fill` does most of the work."""
         num = len(arms)
-        if num < 2 or self.arms:
-            for arm in arms:
-                self.append(arm)
-            return
-        size = max(_FIRST_ROWS, 2 * num)
-        chosen = self._scaled[arms]
-        away = self._squares[arms][:, None] + self._squares - np.float32(2) * (chosen @ self._scaled.T)
-        kernel = _matern(away) * np.float32(self._amplitude)
-        covariance = kernel[:, arms].astype(np.float64)
+        size = num + _FIRST_ROWS
+        covariance = self._kernel(arms, np.array(arms)).astype(np.float64)
         covariance = (covariance + covariance.T) / 2
         np.fill_diagonal(covariance, self._amplitude + self._nugget)
         self._factor = np.zeros((size, size))
         self._factor[:num, :num] = factor = _cholesky(covariance)
+        self._inverse = np.linalg.inv(factor).astype(np.float32)
         self._rows = np.empty((size, len(self._scaled)), dtype=np.float32)
-        np.matmul(np.linalg.inv(factor).astype(np.float32), kernel, out=self._rows[:num])
-        self._variance -= np.einsum("ij,ij->j", self._rows[:num], self._rows[:num])
+        self._num_filled = 0
         self.arms = list(arms)
+
+    def fill(self, num_elements: int) -> bool:
+        """Work out the rows of some more configs after `begin`.
+
+        Args:
+            num_elements: of the kernel to work out at most, or one chunk where that is more.
+
+        Returns:
+            Whether all configs are done.
+        """
+        num, begun = len(self.arms), self._num_filled
+        while self._num_filled < len(self._scaled):
+            part = slice(self._num_filled, self._num_filled + _CHUNK)
+            rows = self._inverse @ self._kernel(self.arms, part)
+            self._rows[:num, part] = rows
+            self._variance[part] -= np.einsum("ij,ij->j", rows, rows)
+            self._num_filled += _CHUNK
+            if (self._num_filled - begun) * num >= num_elements:
+                break
+        return self._num_filled >= len(self._scaled)
 
     def kernel_row(self, arm: int) -> Singles:
         """Return [configs], the prior covariance of one arm with all."""
         away = self._squares + self._squares[arm] - np.float32(2) * (self._scaled @ self._scaled[arm])
         return _matern(away) * np.float32(self._amplitude)
+
+    def _kernel(self, arms: list[int], others: slice | NDArray[np.intp]) -> Singles:
+        away = np.float32(-2) * self._scaled[arms] @ self._scaled[others].T
+        away += self._squares[arms][:, None]
+        away += self._squares[others]
+        kernel = _matern(away)
+        kernel *= np.float32(self._amplitude)
+        return kernel
 
     def predict(self, values: Floats, basis: Basis) -> tuple[Singles, Singles, Floats]:
         """Return the posterior mean and standard deviation of all configs, and the weights of the basis.
@@ -202,38 +227,47 @@ class Process:
         return drawn
 
 
-def fit(
-    features: Floats, values: Floats, basis: Basis, prior: HyperPrior, start: Hyper, *, num_steps: int = 25
-) -> Hyper:
-    """Find hyper-parameters of high posterior density by resilient propagation: signs of the gradient, own steps.
+class Fitter:
+    """Finds hyper-parameters of high posterior density, some steps at a time, while observations come in.
 
-    Args:
-        features: [observations, features].
-        values: [observations].
-        basis: with columns [observations, functions].
-        prior: of the hyper-parameters.
-        start: where to begin.
-        num_steps: evaluations of the gradient.
+    Resilient propagation: the signs of the gradient, and a step of its own a hyper-parameter.
 
     Source: Riedmiller and Braun, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm",
         1993.
     """
-    at = start.vector()
-    centre = prior.mean.vector()
-    # Far tails of a normal prior are no safeguard against a flat likelihood: a box of three deviations is.
-    low, high = centre - 3 * prior.spread, centre + 3 * prior.spread
-    at = np.clip(at, low, high)
-    step, before = np.full(len(at), 0.3), np.zeros(len(at))
-    best, best_density = at, -np.inf
-    for _ in range(num_steps):
-        density, slope = _density(at, features, values, basis, prior)
-        if density > best_density:
-            best, best_density = at, density
-        turn = slope * before
-        step = np.clip(np.where(turn > 0, 1.3 * step, np.where(turn < 0, 0.5 * step, step)), 1e-3, 0.8)
-        before = np.where(turn < 0, 0.0, slope)
-        at = np.clip(at + np.sign(before) * step, low, high)
-    return Hyper.of(best)
+
+    def __init__(self, prior: HyperPrior) -> None:
+        self._prior = prior
+        centre = prior.mean.vector()
+        # Far tails of a normal prior are no safeguard against a flat likelihood: a box of three deviations is.
+        self._low, self._high = centre - 3 * prior.spread, centre + 3 * prior.spread
+        self._at = self._best = centre
+        self._step, self._before = np.full(len(centre), 0.3), np.zeros(len(centre))
+
+    def run(self, features: Floats, values: Floats, basis: Basis, num_steps: int) -> None:
+        """Take some steps on the observations so far.
+
+        Args:
+            features: [observations, features].
+            values: [observations].
+            basis: with columns [observations, functions].
+            num_steps: evaluations of the gradient.
+        """
+        for _ in range(num_steps):
+            _, slope = _density(self._at, features, values, basis, self._prior)
+            turn = slope * self._before
+            grown = np.where(turn > 0, 1.3 * self._step, np.where(turn < 0, 0.5 * self._step, self._step))
+            self._step = np.clip(grown, 1e-2, 0.8)
+            self._before = np.where(turn < 0, 0.0, slope)
+            self._at = np.clip(self._at + np.sign(self._before) * self._step, self._low, self._high)
+
+    def best(self, features: Floats, values: Floats, basis: Basis) -> Hyper:
+        """Return the better one of where the steps have led and what was returned before."""
+        now, _ = _density(self._at, features, values, basis, self._prior)
+        before, _ = _density(self._best, features, values, basis, self._prior)
+        if now > before:
+            self._best = self._at
+        return Hyper.of(self._best)
 
 
 def _density(at: Floats, features: Floats, values: Floats, basis: Basis, prior: HyperPrior) -> tuple[float, Floats]:
@@ -244,16 +278,17 @@ def _density(at: Floats, features: Floats, values: Floats, basis: Basis, prior: 
     root = _SQRT5 * np.sqrt(np.maximum(squares[:, None] + squares - 2 * scaled @ scaled.T, 0.0))
     decay = np.exp(-root)
     kernel = amplitude * (1 + root + root**2 / 3) * decay
-    np.fill_diagonal(kernel, amplitude)
-    factor = _cholesky(kernel + nugget * np.eye(len(values)))
+    diagonal = np.arange(len(values))
+    kernel[diagonal, diagonal] = amplitude + nugget
+    factor = _cholesky(kernel)
+    kernel[diagonal, diagonal] = amplitude
     inverse = np.linalg.inv(factor)
-    everywhere = list(range(len(values)))
-    weights, whitened = _generalised(factor, values, basis, everywhere)
+    weights, whitened = _regressed(inverse @ np.column_stack([values, basis.columns]), basis)
     alpha = inverse.T @ whitened
     away = (at - prior.mean.vector()) / prior.spread
     density = float(
         -0.5 * whitened @ whitened
-        - np.log(np.diag(factor)).sum()
+        - np.log(factor[diagonal, diagonal]).sum()
         - 0.5 * (basis.precision * (weights - basis.mean) ** 2).sum()
         - 0.5 * away @ away
     )
@@ -261,14 +296,16 @@ def _density(at: Floats, features: Floats, values: Floats, basis: Basis, prior: 
     # d kernel / d log length_j = amplitude * 5/3 (1 + root) exp(-root) * (distance_j / length_j)^2
     weight = pull * (amplitude * 5 / 3 * (1 + root) * decay)
     by_length = (scaled**2 * weight.sum(axis=1)[:, None]).sum(axis=0) - (scaled * (weight @ scaled)).sum(axis=0)
-    slope = np.concatenate([by_length, [0.5 * (pull * kernel).sum(), 0.5 * nugget * np.trace(pull)]])
+    slope = np.concatenate([by_length, [0.5 * (pull * kernel).sum(), 0.5 * nugget * pull[diagonal, diagonal].sum()]])
     return density, slope - away / prior.spread
 
 
 def _generalised(factor: Floats, values: Floats, basis: Basis, arms: list[int]) -> tuple[Floats, Floats]:
+    return _regressed(np.linalg.solve(factor, np.column_stack([values, basis.columns[arms]])), basis)
+
+
+def _regressed(whitened: Floats, basis: Basis) -> tuple[Floats, Floats]:
     """Generalised least squares with a ridge: the weights of the basis, and the whitened rest of the values."""
-    columns = basis.columns[arms]
-    whitened = np.linalg.solve(factor, np.column_stack([values, columns]))
     target, inputs = whitened[:, 0], whitened[:, 1:]
     normal = inputs.T @ inputs + np.diag(basis.precision + 1e-9)
     weights = np.linalg.solve(normal, inputs.T @ target + basis.precision * basis.mean)
@@ -289,11 +326,10 @@ def _matern(squared: Singles) -> Singles:
 
 def _cholesky(covariance: Floats) -> Floats:
     """Factorise; a matrix that rounding has made indefinite gets the least jitter that helps."""
-    scale = float(np.mean(np.diag(covariance)))
     for jitter in (0.0, 1e-8, 1e-6, 1e-4, 1e-2):
         try:
-            factor = np.linalg.cholesky(covariance + jitter * scale * np.eye(len(covariance)))
-            return np.asarray(factor, dtype=np.float64)
+            lifted = covariance + jitter * np.diag(np.diag(covariance)) if jitter else covariance
+            return np.asarray(np.linalg.cholesky(lifted), dtype=np.float64)
         except np.linalg.LinAlgError:
             continue
     return np.diag(np.sqrt(np.maximum(np.diag(covariance), 1e-12)))

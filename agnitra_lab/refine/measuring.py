@@ -23,10 +23,10 @@ Measure = Callable[..., "float | Measurement"]
 # In this order: "out of shared memory" is no compile error, though the compiler says it.
 _MARKS: tuple[tuple[FailureClass, tuple[str, ...]], ...] = (
     ("timeout", ("timeout", "timed out", "deadline")),
-    ("memory", ("out of memory", "out_of_memory", "shared memory", "outofresources", "out of resource")),
-    ("correctness", ("another result", "wrong", "mismatch", "elements match")),
+    ("oom", ("out of memory", "out_of_memory", "shared memory", "outofresources", "out of resource")),
+    ("wrong", ("another result", "wrong", "mismatch", "elements match")),
     ("crash", ("crash", "sigsegv", "device_lost", "illegal memory", "illegal address", "misaligned")),
-    ("constraints", ("refuse", "not recorded", "constraint", "must be")),
+    ("constraint", ("refuse", "not recorded", "constraint", "must be")),
     ("compile", ("compil", "ptxas", "mlir", "llvm")),
 )
 
@@ -117,7 +117,7 @@ def failed(error: Exception) -> Measurement:
 def failure_class(text: str, error: Exception | None = None) -> FailureClass:
     """Tell the class of a failure from what was raised and said."""
     if isinstance(error, MemoryError):
-        return "memory"
+        return "oom"
     if isinstance(error, TimeoutError):
         return "timeout"
     lowered = text.lower()
@@ -125,8 +125,8 @@ def failure_class(text: str, error: Exception | None = None) -> FailureClass:
         if any(mark in lowered for mark in marks):
             return name
     if isinstance(error, TemplateError):
-        return "constraints"
-    return "runtime" if error is not None else "unknown"
+        return "constraint"
+    return "launch" if error is not None else "unknown"
 
 
 def _read(value: Any) -> Measurement:

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from agnitra_lab.refine.gaussian import Basis, Floats, Hyper, HyperPrior, Process, Singles, fit
+from agnitra_lab.refine.gaussian import Basis, Fitter, Floats, Hyper, HyperPrior, Process, Singles
 from agnitra_lab.refine.sampler import Observation, Problem
 from agnitra_lab.refine.siblings import Sibling
 
-CAP = 1.5
-"""Logarithm of the factor over the best at which a slow config counts as slow: e^1.5 is 4.5 times."""
-FIT_AT = (4, 6, 8, 11, 15, 20, 27, 36, 48, 72, 100, 150, 200, 300, 400)
-"""Observations at which the hyper-parameters are fitted: often while it is cheap, seldom later."""
+CAP = 3.0
+"""Logarithm of the factor over the best at which a slow config counts as slow: e^3 is 20 times."""
+NUM_STEPS, NUM_DEAR = 3, 24
+"""Steps of the fit at every question; from 24 observations on the models take one each in turn."""
+NUM_FILLED_A_TIME = 350_000
+"""Covariances of the next process worked out at one question, some 3 ms: the old one answers meanwhile."""
 MAX_FITTED = 160
 NUM_META = 96
 SLOPE_SPREAD = 0.3
@@ -80,6 +82,9 @@ class RewardModel:
     """
 
     scale = 1.0
+    fit_at: tuple[int, ...] = ()
+    """Observations at which the hyper-parameters change, which costs a factorisation: seldom once it is dear."""
+    turn = 0
 
     def __init__(self, features: Floats, basis: Basis, prior: HyperPrior, seen: Seen) -> None:
         self._features = features
@@ -88,7 +93,9 @@ class RewardModel:
         self._prior = prior
         self._seen = seen
         self._process = Process(self._single, prior.mean)
-        self._fitted_at = 0
+        self._fitter = Fitter(prior)
+        self._fitted_at = self._caught_up = 0
+        self._next: Process | None = None
         self._near_ok = np.zeros(len(features), dtype=np.float32)
         self._near_failed = np.zeros(len(features), dtype=np.float32)
         self._num_ok = self._num_failed = 0
@@ -121,14 +128,29 @@ class RewardModel:
 
     def _catch_up(self) -> None:
         num = self._seen.num_known
-        due = max((at for at in FIT_AT if at <= num), default=0)
-        if due > self._fitted_at:
+        if num == self._caught_up:
+            return
+        self._caught_up = num
+        due = max((at for at in self.fit_at if at <= num), default=0)
+        if num >= self.fit_at[0] and (num < NUM_DEAR or num % 2 == self.turn):
+            self._learn_hyper()
+        if due > self._fitted_at and self._next is None:
             self._fitted_at = due
-            self._refit()
+            self._next = Process(self._single, self._fitter.best(*self._fitted()))
+            self._next.begin(list(self._seen.arms))
+        if self._next is not None and self._next.fill(NUM_FILLED_A_TIME):
+            self._process, self._next = self._next, None
+            self._near_ok[:] = 0
+            self._near_failed[:] = 0
+            self._num_ok = self._num_failed = 0
         for arm in self._seen.arms[len(self._process.arms) :]:
             self._process.append(arm)
 
-    def _refit(self) -> None:
+    def _learn_hyper(self) -> None:
+        self._fitter.run(*self._fitted(), num_steps=NUM_STEPS if self._seen.num_known < NUM_DEAR else 1)
+
+    def _fitted(self) -> tuple[Floats, Floats, Basis]:
+        """The observations that the hyper-parameters are fitted to."""
         arms, values = self._seen.arms, self._seen.values(self.scale)
         kept = np.arange(len(arms))
         if len(arms) > MAX_FITTED:
@@ -136,18 +158,14 @@ class RewardModel:
             best = np.argsort(values, kind="stable")[: MAX_FITTED // 2]
             kept = np.union1d(best, kept[-MAX_FITTED // 2 :])
         chosen = np.array(arms)[kept]
-        columns = self._basis.columns[chosen]
-        basis = Basis(columns, self._basis.mean, self._basis.precision)
-        hyper = fit(self._features[chosen], values[kept], basis, self._prior, self._process.hyper)
-        self._process = Process(self._single, hyper)
-        self._process.extend(list(arms))
-        self._near_ok[:] = 0
-        self._near_failed[:] = 0
-        self._num_ok = self._num_failed = 0
+        basis = Basis(self._basis.columns[chosen], self._basis.mean, self._basis.precision)
+        return self._features[chosen], values[kept], basis
 
 
 class ColdModel(RewardModel):
     """Knows coordinates and compiler facts."""
+
+    fit_at = (5, 7, 10, 14, 20, 28, 40, 55, 80, 110, 150, 200, 300, 400, 600, 1000)
 
     def __init__(self, problem: Problem, seen: Seen) -> None:
         features = _coordinates(problem)
@@ -160,6 +178,9 @@ class ColdModel(RewardModel):
 
 class WarmModel(RewardModel):
     """Begins with the siblings' mean, and learns how this landscape differs from it."""
+
+    turn = 1
+    fit_at = (4, 6, 9, 13, 18, 24, 31, 42, 48, 68, 95, 130, 170, 250, 350, 500, 800)
 
     def __init__(self, problem: Problem, seen: Seen) -> None:
         self._names = [sibling.name for sibling in problem.siblings]
@@ -242,7 +263,9 @@ def _difference(index: int, coordinates: Floats, bent: Floats, prior: HyperPrior
     basis = Basis(
         np.column_stack([np.ones(len(chosen)), others[chosen]]), np.array([0.0, 1.0]), np.array([0.0, SLOPE_SPREAD**-2])
     )
-    return fit(features, bent[index][chosen], basis, prior, prior.mean, num_steps=20)
+    fitter = Fitter(prior)
+    fitter.run(features, bent[index][chosen], basis, num_steps=20)
+    return fitter.best(features, bent[index][chosen], basis)
 
 
 __all__: Sequence[str] = ("ColdModel", "RewardModel", "Seen", "WarmModel", "capped")

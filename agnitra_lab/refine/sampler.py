@@ -27,12 +27,14 @@ class SamplerInfo:
     Attributes:
         module: has `build(problem) -> Sampler`.
         summary: what it does.
+        rank: median measurements to within 2% of the optimum on our landscapes, one shape left out at a time.
         extra: the extra of this package that it needs, None for none.
         is_polished: the last measurements of a search go to the neighbours of the best config.
     """
 
     module: str
     summary: str
+    rank: str = "not ranked"
     extra: str | None = None
     is_polished: bool = False
 

@@ -332,7 +332,7 @@ def as_measurement(measured: Measurement | float | None) -> Measurement:
         return Measurement(latency_ms=None, failure="unknown", detail="failed")
     latency_ms = float(measured)
     if not (math.isfinite(latency_ms) and latency_ms > 0):
-        return Measurement(latency_ms=None, failure="runtime", detail=f"measured {latency_ms} ms, which is no latency")
+        return Measurement(latency_ms=None, failure="launch", detail=f"measured {latency_ms} ms, which is no latency")
     return Measurement(latency_ms=latency_ms)
 
 

@@ -198,7 +198,7 @@ def test_a_sampler_takes_results_in_any_order_failures_and_early_ends(name: str)
         is_even = step % 2 == 0
         study.tell(
             config,
-            Measurement(latency_ms=None, failure=("compile", "timeout", "memory")[step % 3])
+            Measurement(latency_ms=None, failure=("compile", "timeout", "oom")[step % 3])
             if step % 5 == 4
             else Measurement(latency_ms=roofline_us(config, 2048), is_aborted=is_even),
         )

@@ -1,0 +1,80 @@
+"""From recordings to what a search knows: their results as siblings, and a measure that answers from one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from agnitra_lab.contracts.search import ForeignResult, KernelConfig, Measurement
+from agnitra_lab.errors import AgnitraError
+from agnitra_lab.refine import ledger as ledgers
+from agnitra_lab.refine import replay
+from agnitra_lab.refine.bound import Bound
+from agnitra_lab.refine.measuring import failed
+from agnitra_lab.refine.replay import Landscape
+from agnitra_lab.refine.study import Knowledge, as_measurement
+
+
+def results_of(landscape: Landscape) -> list[ForeignResult]:
+    """Return every config of a recording with its latency or its failure."""
+    results = []
+    for config in landscape.space.configs:
+        try:
+            measured = as_measurement(landscape.measure(config))
+        except AgnitraError as error:
+            measured = failed(error)
+        results.append(ForeignResult(config=config, latency_ms=measured.latency_ms, failure=measured.failure))
+    return results
+
+
+def siblings_of(template: str, *, without: Iterable[Path] = ()) -> dict[str, list[ForeignResult]]:
+    """Return what was recorded of a template, by shape and device.
+
+    Args:
+        template: its name.
+        without: recordings to leave out, such as the one that is searched.
+    """
+    left_out = {path.resolve() for path in without}
+    paths = [path for path in replay._recordings() if path.stem.partition("__")[0] == template]
+    paths = [path for path in paths if path.resolve() not in left_out]
+    return {_name(landscape): results_of(landscape) for landscape in map(replay.load, paths)}
+
+
+def results_in_ledger(path: Path) -> list[ForeignResult]:
+    """Return what the ledger of another search measured.
+
+    Raises:
+        LedgerError: for a file that is no ledger, or is corrupt.
+    """
+    _, events = ledgers.read(path)
+    trials = [event.trial for event in events if isinstance(event, ledgers.Told | ledgers.Attached)]
+    return [
+        ForeignResult(
+            config=trial.config, latency_ms=trial.latency_ms, failure=trial.failure, samples_ms=trial.samples_ms
+        )
+        for trial in trials
+    ]
+
+
+def knowledge_of(template: str, *, seeds: Sequence[KernelConfig] = (), without: Iterable[Path] = ()) -> Knowledge:
+    """Return what recordings know of a template.
+
+    Args:
+        template: its name.
+        seeds: configs to measure first.
+        without: recordings to leave out.
+    """
+    return Knowledge(seeds=seeds, siblings=siblings_of(template, without=without))
+
+
+def replayed(landscape: Landscape) -> Callable[[KernelConfig, Bound], Measurement]:
+    """Return a measure that answers from a recording."""
+
+    def measure(config: KernelConfig, bound: Bound) -> Measurement:
+        return as_measurement(landscape.measure(config))
+
+    return measure
+
+
+def _name(landscape: Landscape) -> str:
+    return f"{'x'.join(map(str, landscape.shape))} {landscape.dtype} on {landscape.device_name}"
