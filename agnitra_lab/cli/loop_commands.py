@@ -44,7 +44,14 @@ class SamplerName(StrEnum):
     """How kernel configs are searched."""
 
     RL = "rl"
+    PORTFOLIO = "portfolio"
+    REINFORCE = "reinforce"
+    REINFORCE_COLD = "reinforce-cold"
+    COORDINATE = "coordinate"
+    CMAES = "cmaes"
+    TPE = "tpe"
     RANDOM = "random"
+    EXHAUSTIVE = "exhaustive"
     NONE = "none"
 
 

@@ -24,7 +24,7 @@ class Where(StrEnum):
 
 @app.command()
 def refine(
-    template: Annotated[str, typer.Argument(help="Kernel template, such as rms_norm.")],
+    template: Annotated[str, typer.Argument(help="Kernel template, such as rms_norm.")] = "",
     shape: Annotated[
         str | None, typer.Option(help="Extents with an x between them, such as 4096x2048; default: as recorded.")
     ] = None,
@@ -51,6 +51,8 @@ def refine(
     if is_list:
         console.print_samplers()
         return 0
+    if not template:
+        raise UsageError("Missing argument: the kernel template.", hint="Such as rms_norm; --list names the samplers.")
     info(sampler)
     found = search_template(
         Request(

@@ -163,7 +163,10 @@ class Optimization:
         self.tuned, self.refused = refining.tuned, refining.refused
         for result in self.searches:
             site = Site(result.space_template, result.shape, result.dtype)
-            self.run.write_json("cmaes", f"trials/{site.key().replace('/', '__')}.json", result)
+            stem = site.key().replace("/", "__")
+            self.run.write_json("cmaes", f"trials/{stem}.json", result)
+            if site in refining.ledgers:
+                self.run.write_bytes("cmaes", f"ledgers/{stem}.jsonl", refining.ledgers[site])
         self._checkpoint("refine", "; ".join(notes), started, "done" if notes else "skipped")
         return self.searches
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.search import KernelConfig, SearchResult
 from agnitra_lab.contracts.suggestion import Suggestion
-from agnitra_lab.errors import SearchError
+from agnitra_lab.errors import LedgerError, SearchError
 from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
-from agnitra_lab.generate.tuned import TunedConfigs, default_folder
+from agnitra_lab.generate.tuned import TunedConfigs, default_folder, kernel_sha256
 from agnitra_lab.loop.advice import Advice, Place, replayed
 from agnitra_lab.loop.chooser import clock_s
 from agnitra_lab.loop.kernel_lab import KernelLab
 from agnitra_lab.loop.settings import Settings
-from agnitra_lab.refine import search
+from agnitra_lab.refine import replay, search
+from agnitra_lab.refine.foreign import knowledge_of
+from agnitra_lab.refine.measuring import Measure
+from agnitra_lab.refine.study import Knowledge, LedgerKey
 
 # Share of the run's budget that may go into kernel searches, the sites in turn.
 _SEARCH_SHARE = 0.3
@@ -38,6 +48,7 @@ class Refinement:
     Attributes:
         tuned: site -> the config to use there; sites that nobody searched are not in it.
         refused: sites where every config that was tried failed; their ops stay.
+        ledgers: site -> the ledger of its search, for the run's files.
     """
 
     def __init__(
@@ -56,10 +67,12 @@ class Refinement:
         self._is_measured = lab is not None and why_no_kernels() is None
         self.tuned: dict[Site, KernelConfig] = {}
         self.refused: set[Site] = set()
+        self.ledgers: dict[Site, bytes] = {}
+        self._versions = versions_of(device_info)
         self._known: TunedConfigs | None = None
         if self._is_measured:
             folder = settings.tuned_folder or default_folder()
-            self._known = TunedConfigs(folder, device_info.name, versions_of(device_info))
+            self._known = TunedConfigs(folder, device_info.name, self._versions)
 
     def run(self, sites: Sequence[Site]) -> tuple[list[SearchResult], list[str]]:
         """Take or find the config of each site.
@@ -133,17 +146,55 @@ class Refinement:
         )
 
     def _search(self, site: Site, budget_s: float, num_trials: int) -> SearchResult | None:
-        given, place = self._settings, self._place(site)
+        place = self._place(site)
         if place is None:
             return None
         measure, seeds = place.measure, templates.seed_configs(place.site, self._suggestions)
         if self._advice is not None:
             measure = self._advice.remembering(place.site, measure)
             seeds = [*self._advice.seeds(place.site), *seeds]
-        return search.search(
-            place.space, measure, sampler=given.sampler or "rl", max_trials=num_trials, seed=given.seed, seeds=seeds,
-            measured_on=f"recorded: {place.device.name}" if place.device else self._device_name, budget_s=budget_s,
+        if place.device is None:
+            known = knowledge_of(site.template, seeds=seeds)
+            key = LedgerKey(self._device_name, kernel_sha256(site.template), self._versions)
+            path = (self._settings.tuned_folder or default_folder()) / "ledgers" / f"{_file_stem(site, key)}.jsonl"
+            return self._searched_with(place, measure, known, key, path, budget_s, num_trials)
+        searched = replay.find(place.site.template, place.site.shape)
+        known = knowledge_of(site.template, seeds=seeds, without=[searched] if searched is not None else [])
+        key = LedgerKey(f"recorded: {place.device.name}")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "ledger.jsonl"
+            return self._searched_with(place, measure, known, key, path, budget_s, num_trials)
+
+    def _searched_with(
+        self, place: Place, measure: Measure, known: Knowledge, key: LedgerKey, ledger: Path, budget_s: float,
+        num_trials: int,
+    ) -> SearchResult:  # fmt: skip
+        """Search with a ledger that a killed run's search goes on from; one that is over belongs to the run's files."""
+        given = self._settings
+        run = partial(
+            search.search, place.space, measure, sampler=given.sampler or "rl", max_trials=num_trials, seed=given.seed,
+            knowledge=known, measured_on=key.device, budget_s=budget_s, ledger_key=key,
         )  # fmt: skip
+        if not given.is_warm:
+            with contextlib.suppress(OSError):
+                ledger.unlink()
+        try:
+            return run(ledger=ledger)
+        except LedgerError:
+            # Another process searches here, other recordings are known by now, or the folder cannot be written.
+            ledger = Path(os.devnull)
+            return run()
+        finally:
+            # A search that ended, well or not, is no more gone on with; one that was interrupted or killed is.
+            if ledger.is_file() and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                with contextlib.suppress(OSError):
+                    self.ledgers[place.site] = ledger.read_bytes()
+                    ledger.unlink()
+
+
+def _file_stem(site: Site, key: LedgerKey) -> str:
+    facts = hashlib.sha256(repr((key.device, key.kernel_sha256, sorted(key.versions.items()))).encode()).hexdigest()
+    return f"{site.key().replace('/', '__')}__{facts[:12]}"
 
 
 def versions_of(device: DeviceInfo) -> dict[str, str]:

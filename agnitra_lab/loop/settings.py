@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agnitra_lab.errors import UsageError
+from agnitra_lab.refine.sampler import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Settings:
         llm_replies: recorded replies to answer from; no server is asked.
         llm_record: file to record the replies in.
         llm_after: report of an earlier run; what became of its rewrites is told to the language model.
-        sampler: "rl" (contextual bandit), "random", or None for the preset kernel configs.
+        sampler: "rl" (contextual bandit) or another of `refine.sampler.SAMPLERS`; None for the preset kernel configs.
         max_trials: measurements a kernel search may make.
         budget_s: seconds for building and screening candidates: one is begun while they last, the others are listed
             as skipped. Kernel searches may take another 30% of them.
@@ -55,7 +56,7 @@ class Settings:
     llm_replies: Path | str | None = None
     llm_record: Path | str | None = None
     llm_after: Path | str | None = None
-    sampler: Literal["rl", "random"] | None = "rl"
+    sampler: str | None = "rl"
     max_trials: int = 24
     budget_s: float = 300.0
     timing_s: float = 4.0
@@ -85,7 +86,7 @@ class Settings:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        choices = {"suggest": ("auto", "llm", "preset"), "sampler": ("rl", "random", None)}
+        choices = {"suggest": ("auto", "llm", "preset"), "sampler": (*SAMPLERS, None)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}.", hint=f"Expected one of {allowed}.")

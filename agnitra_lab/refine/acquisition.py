@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ def spread_out(
     return chosen
 
 
-def _normal_cdf(z: NDArray[np.float32], density: NDArray[np.float32]) -> NDArray[np.float32]:
+def _normal_cdf(z: NDArray[Any], density: NDArray[Any]) -> NDArray[Any]:
     """The normal distribution function, to 1e-7.
 
     Source: Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.2.17.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -304,15 +304,15 @@ def _generalised(factor: Floats, values: Floats, basis: Basis, arms: list[int]) 
     return _regressed(np.linalg.solve(factor, np.column_stack([values, basis.columns[arms]])), basis)
 
 
-def _regressed(whitened: Floats, basis: Basis) -> tuple[Floats, Floats]:
+def _regressed(whitened: NDArray[Any], basis: Basis) -> tuple[Floats, Floats]:
     """Generalised least squares with a ridge: the weights of the basis, and the whitened rest of the values."""
     target, inputs = whitened[:, 0], whitened[:, 1:]
     normal = inputs.T @ inputs + np.diag(basis.precision + 1e-9)
-    weights = np.linalg.solve(normal, inputs.T @ target + basis.precision * basis.mean)
+    weights: Floats = np.asarray(np.linalg.solve(normal, inputs.T @ target + basis.precision * basis.mean), np.float64)
     return weights, target - inputs @ weights
 
 
-def _matern(squared: Singles) -> Singles:
+def _matern(squared: NDArray[Any]) -> Singles:
     root = np.sqrt(np.maximum(squared, 0.0, out=squared), out=squared)
     root *= np.float32(_SQRT5)
     shape = root * root

@@ -11,6 +11,7 @@ from typing import Any
 
 from agnitra_lab.contracts.search import FailureClass, KernelConfig, Measurement
 from agnitra_lab.errors import AgnitraError, TemplateError
+from agnitra_lab.redact import redact_text
 from agnitra_lab.refine.bound import Bound
 from agnitra_lab.refine.study import as_measurement
 
@@ -111,7 +112,7 @@ def _end() -> None:
 def failed(error: Exception) -> Measurement:
     """Read an exception as a failed measurement. Compilers raise types of their own, so any Exception is one."""
     text = error.message if isinstance(error, AgnitraError) else f"{type(error).__name__}: {error}"
-    return Measurement(latency_ms=None, failure=failure_class(text, error), detail=text[:MAX_DETAIL])
+    return Measurement(latency_ms=None, failure=failure_class(text, error), detail=redact_text(text)[:MAX_DETAIL])
 
 
 def failure_class(text: str, error: Exception | None = None) -> FailureClass:

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import os
 
-for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")  # before numpy: figures are of one core
 
 import argparse
 import concurrent.futures
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: figures are of one core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import synthetic_landscapes
