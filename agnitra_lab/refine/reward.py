@@ -19,7 +19,7 @@ NUM_STEPS, NUM_DEAR = 3, 24
 NUM_FILLED_A_TIME = 350_000
 """Covariances of the next process worked out at one question, some 3 ms: the old one answers meanwhile."""
 MAX_FITTED = 160
-NUM_META = 96
+NUM_META = 160
 SLOPE_SPREAD = 0.3
 
 
@@ -236,29 +236,49 @@ def _bent(sibling: Sibling) -> Floats:
 def _meta_prior(coordinates: Floats, bent: Floats, seed: int) -> HyperPrior:
     """Learn from the siblings how siblings differ: each in turn is the target, the mean of the others its guess.
 
-    With one sibling there is no difference to learn from; its own shape gives the length scales.
+    With one sibling there is no difference to learn from; its own shape gives the length scales and the roughness.
     """
     num = coordinates.shape[1]
     lengths = np.concatenate([np.full(num, math.log(0.5 * math.sqrt(max(1, num)))), [math.log(0.7)]])
     start = Hyper(lengths, math.log(0.04), math.log(0.01))
     prior = HyperPrior(start, np.concatenate([np.full(num + 1, 1.0), [1.0, 1.5]]))
-    if len(bent) < 2 or len(coordinates) < 8:
+    if len(coordinates) < 8:
         return prior
+    if len(bent) == 1:
+        own = _shape_of(coordinates, bent[0], prior, seed)
+        mean = Hyper(own.log_lengths, start.log_amplitude, 0.5 * (start.log_nugget + own.log_nugget))
+        return HyperPrior(mean, np.concatenate([np.full(num + 1, 0.7), [1.0, 1.5]]))
     fitted = [_difference(index, coordinates, bent, prior, seed) for index in range(min(len(bent), 4))]
     mean = Hyper.of(np.mean([hyper.vector() for hyper in fitted], axis=0))
     return HyperPrior(mean, np.concatenate([np.full(num + 1, 0.7), [1.0, 1.0]]))
 
 
+def _shape_of(coordinates: Floats, bent: Floats, prior: HyperPrior, seed: int) -> Hyper:
+    """Fit a sibling by its coordinates alone; the length of the feature that it is itself stays as it was."""
+    rng = np.random.default_rng(seed)
+    chosen = _sample(bent, rng)
+    features = np.column_stack([coordinates[chosen], np.zeros(len(chosen))])
+    wide = HyperPrior(Hyper(prior.mean.log_lengths, math.log(0.25), math.log(0.003)), prior.spread)
+    fitter = Fitter(wide)
+    basis = Basis(np.ones((len(chosen), 1)), np.zeros(1), np.zeros(1))
+    fitter.run(features, bent[chosen], basis, num_steps=20)
+    return fitter.best(features, bent[chosen], basis)
+
+
+def _sample(bent: Floats, rng: np.random.Generator) -> NDArray[np.intp]:
+    """Choose configs to fit a sibling to, half of them among its best, where the search will be."""
+    size = min(NUM_META, len(bent))
+    best = np.argsort(bent, kind="stable")[: 4 * size]
+    return np.union1d(
+        rng.choice(best, size=min(size // 2, len(best)), replace=False),
+        rng.choice(len(bent), size=size // 2, replace=False),
+    )
+
+
 def _difference(index: int, coordinates: Floats, bent: Floats, prior: HyperPrior, seed: int) -> Hyper:
     rng = np.random.default_rng([seed, index])
     others = np.delete(bent, index, axis=0).mean(axis=0)
-    size = min(NUM_META, len(coordinates))
-    # Half of them where the search will be: among the best of either.
-    best = np.argsort(np.minimum(others, bent[index]), kind="stable")[: 4 * size]
-    chosen = np.union1d(
-        rng.choice(best, size=min(size // 2, len(best)), replace=False),
-        rng.choice(len(coordinates), size=size // 2, replace=False),
-    )
+    chosen = _sample(np.minimum(others, bent[index]), rng)
     features = np.column_stack([coordinates[chosen], others[chosen]])
     basis = Basis(
         np.column_stack([np.ones(len(chosen)), others[chosen]]), np.array([0.0, 1.0]), np.array([0.0, SLOPE_SPREAD**-2])

@@ -10,9 +10,6 @@ named `synthetic_...` and are about robustness only. The last line is a JSON obj
 
 from __future__ import annotations
 
-import os
-
-
 import argparse
 import concurrent.futures
 import json
