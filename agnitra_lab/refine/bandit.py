@@ -20,15 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agnitra_lab.refine.acquisition import expected_improvement, spread_out
+from agnitra_lab.refine.portfolio import Portfolio
 from agnitra_lab.refine.reward import ColdModel, RewardModel, Seen, WarmModel
 from agnitra_lab.refine.sampler import Observation, Problem
 
 NUM_SPREAD = 6
 """Configs that the cold model wants to see, far from each other, before it is asked."""
+NUM_PORTFOLIO = 5
+"""First questions that go to the siblings' best, at most: each sibling's own optimum among them."""
 NUM_DRAWN_ARMS = 384
 COLD_TURN = 4
 """Every so many questions the cold model has its turn whatever the evidence says, once the siblings had their say."""
 NUM_SIBLING_TURNS = 10
+NUM_PATIENT, COLD_TURN_STUCK = 12, 2
+"""Questions without anything better after which the cold model has every other turn: the siblings may mislead."""
+NUM_SPREAD_BESIDE = 4
 
 
 class Bandit:
@@ -40,14 +46,19 @@ class Bandit:
         self._seen = Seen(len(problem.encoding))
         self._cold = ColdModel(problem, self._seen)
         self._warm = WarmModel(problem, self._seen) if problem.siblings else None
-        self._num_asked = 0
+        self._portfolio = Portfolio(problem) if problem.siblings else None
+        self._num_asked = self._num_spread = self._num_since_better = 0
+        self._best_log_ms = np.inf
 
     def propose(self, num: int, is_open: NDArray[np.bool_]) -> Sequence[int]:
         """Return the arm of the highest expected improvement, or one Thompson sample's best arm each of several."""
         num = min(num, int(is_open.sum()))
         self._num_asked += 1
+        if self._portfolio is not None and self._num_asked <= NUM_PORTFOLIO:
+            return self._portfolio.propose(num, is_open)
         model = self._model()
-        if model is self._cold and self._seen.num_known < NUM_SPREAD:
+        if model is self._cold and self._num_spread < self._spread_wanted():
+            self._num_spread += num
             return spread_out(self._points, is_open, num, self._rng)
         if num == 1:
             return [self._best(model, is_open)]
@@ -56,6 +67,11 @@ class Bandit:
     def learn(self, seen: Observation) -> None:
         """Take one arm's latency or failure into both models."""
         self._seen.add(seen)
+        if self._portfolio is not None:
+            self._portfolio.learn(seen)
+        self._num_since_better += 1
+        if seen.log_ms is not None and seen.log_ms < self._best_log_ms:
+            self._best_log_ms, self._num_since_better = seen.log_ms, 0
 
     def trust(self) -> dict[str, float]:
         """How much of the warm model's mean each sibling has, times the odds of the warm model itself."""
@@ -69,9 +85,16 @@ class Bandit:
             return self._cold
         if self._num_asked <= NUM_SIBLING_TURNS // 2:
             return self._warm
-        if self._num_asked > NUM_SIBLING_TURNS and self._num_asked % COLD_TURN == 0:
+        turn = COLD_TURN if self._num_since_better < NUM_PATIENT else COLD_TURN_STUCK
+        if self._num_asked > NUM_SIBLING_TURNS and self._num_asked % turn == 0:
             return self._cold
         return self._warm if self._rng.random() < self._warm_share() else self._cold
+
+    def _spread_wanted(self) -> int:
+        """How many spread points the cold model is to have: fewer where a warm one has asked for others."""
+        if self._warm is None:
+            return NUM_SPREAD - min(NUM_SPREAD, self._seen.num_known - self._num_spread)
+        return NUM_SPREAD_BESIDE
 
     def _warm_share(self) -> float:
         """The odds that the warm model, and not the cold one, is right about what was measured."""
@@ -83,10 +106,10 @@ class Bandit:
 
     def _best(self, model: RewardModel, is_open: NDArray[np.bool_]) -> int:
         mean, deviation = model.predict()
-        best = self._seen.best_value(model.scale)
-        gain = -mean if best is None else expected_improvement(mean, deviation, best)
-        gain = np.where(is_open, gain * self._seen.odds_of_success(model) if best is not None else gain, -np.inf)
-        return int(np.argmax(gain))
+        if not self._seen.num_known:
+            return int(np.argmin(np.where(is_open, mean, np.inf)))
+        gain = expected_improvement(mean, deviation, 0.0) * self._seen.odds_of_success(model)
+        return int(np.argmax(np.where(is_open, gain, -np.inf)))
 
     def _drawn(self, model: RewardModel, is_open: NDArray[np.bool_], num: int) -> list[int]:
         mean, deviation = model.predict()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from agnitra_lab.contracts.search import ForeignResult, KernelConfig, Measurement
@@ -56,6 +56,12 @@ def results_in_ledger(path: Path) -> list[ForeignResult]:
     ]
 
 
+def facts_in(landscape: Landscape) -> Mapping[str, Mapping[str, float]]:
+    """Return what the compiler said of each config of a recording, where the recording holds it."""
+    facts: Mapping[str, Mapping[str, float]] = getattr(landscape, "features", {})
+    return facts
+
+
 def knowledge_of(template: str, *, seeds: Sequence[KernelConfig] = (), without: Iterable[Path] = ()) -> Knowledge:
     """Return what recordings know of a template.
 
@@ -67,11 +73,25 @@ def knowledge_of(template: str, *, seeds: Sequence[KernelConfig] = (), without: 
     return Knowledge(seeds=seeds, siblings=siblings_of(template, without=without))
 
 
-def replayed(landscape: Landscape) -> Callable[[KernelConfig, Bound], Measurement]:
+def replayed(landscape: Landscape) -> Callable[..., Measurement]:
     """Return a measure that answers from a recording."""
 
-    def measure(config: KernelConfig, bound: Bound) -> Measurement:
-        return as_measurement(landscape.measure(config))
+    # Recordings that hold no samples or costs answer with the median alone.
+    samples_of = getattr(landscape, "samples_ms", None)
+    compile_s_of, cost_s_of = getattr(landscape, "compile_s", None), getattr(landscape, "cost_s", None)
+
+    def measure(config: KernelConfig, *, bound: Bound) -> Measurement:
+        clock_s = cost_s_of(config) if cost_s_of is not None else None
+        try:
+            latency_ms = landscape.measure(config)
+        except AgnitraError as error:
+            return failed(error).model_copy(update={"clock_s": clock_s})
+        return Measurement(
+            latency_ms=latency_ms,
+            samples_ms=samples_of(config) if samples_of is not None else (),
+            compile_s=compile_s_of(config) if compile_s_of is not None else None,
+            clock_s=clock_s,
+        )
 
     return measure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -12,8 +13,10 @@ from agnitra_lab.refine.gaussian import Basis, Fitter, Floats, Hyper, HyperPrior
 from agnitra_lab.refine.sampler import Observation, Problem
 from agnitra_lab.refine.siblings import Sibling
 
-CAP = 3.0
-"""Logarithm of the factor over the best at which a slow config counts as slow: e^3 is 20 times."""
+CAP = 1.5
+"""Logarithm of the factor over the best at which a slow config counts as slow: e^1.5 is 4.5 times."""
+MAX_PAIRED = 7
+"""Parameters whose products and quotients are features: those with the most values."""
 NUM_STEPS, NUM_DEAR = 3, 24
 """Steps of the fit at every question; from 24 observations on the models take one each in turn."""
 NUM_FILLED_A_TIME = 350_000
@@ -23,7 +26,7 @@ NUM_META = 160
 SLOPE_SPREAD = 0.3
 
 
-def capped(over: Floats, cap: float = CAP) -> Floats:
+def capped(over: Floats, cap: float) -> Floats:
     """Bend the logarithm of latency over the best: equal near 0, towards `cap` far away, order kept.
 
     What is five times too slow and what is fifty times too slow tell the same about where the optimum is.
@@ -58,14 +61,10 @@ class Seen:
             self.arms.append(seen.arm)
             self._logs.append(seen.log_ms)
 
-    def values(self, scale: float) -> Floats:
-        """Return [observations], the bent logarithms over the best, in units of `scale`."""
+    def values(self) -> Floats:
+        """Return [observations], the bent logarithms over the best: the lowest is 0."""
         logs = np.array(self._logs)
-        return capped(logs - logs.min()) / scale if len(logs) else logs
-
-    def best_value(self, scale: float) -> float | None:
-        """Return the lowest of `values`; None before the first."""
-        return 0.0 if self._logs else None
+        return capped(logs - logs.min(), CAP) if len(logs) else logs
 
     def odds_of_success(self, model: RewardModel) -> Floats | float:
         """Return [configs], how likely each is to run at all, from the failures and successes near it."""
@@ -75,13 +74,8 @@ class Seen:
 
 
 class RewardModel:
-    """A Gaussian process over features of the configs, fitted again every so often.
+    """A Gaussian process over features of the configs, fitted again every so often."""
 
-    Attributes:
-        scale: of the values that it learns.
-    """
-
-    scale = 1.0
     fit_at: tuple[int, ...] = ()
     """Observations at which the hyper-parameters change, which costs a factorisation: seldom once it is dear."""
     turn = 0
@@ -103,13 +97,13 @@ class RewardModel:
     def predict(self) -> tuple[Singles, Singles]:
         """Return the posterior mean and standard deviation of every config."""
         self._catch_up()
-        mean, deviation, _ = self._process.predict(self._seen.values(self.scale), self._basis)
+        mean, deviation, _ = self._process.predict(self._seen.values(), self._basis)
         return mean, deviation
 
     def log_likelihood(self) -> float:
         """Return the evidence of the observations, as of the last fit."""
         self._catch_up()
-        return self._process.log_likelihood(self._seen.values(self.scale), self._basis)
+        return self._process.log_likelihood(self._seen.values(), self._basis)
 
     def draw(self, arms: NDArray[np.intp], mean: Singles, num: int, rng: np.random.Generator) -> Floats:
         """Draw functions of the posterior on some arms: [num, arms]."""
@@ -151,7 +145,7 @@ class RewardModel:
 
     def _fitted(self) -> tuple[Floats, Floats, Basis]:
         """The observations that the hyper-parameters are fitted to."""
-        arms, values = self._seen.arms, self._seen.values(self.scale)
+        arms, values = self._seen.arms, self._seen.values()
         kept = np.arange(len(arms))
         if len(arms) > MAX_FITTED:
             # The best ones and the latest ones: they are where the next question will be.
@@ -170,7 +164,7 @@ class ColdModel(RewardModel):
     def __init__(self, problem: Problem, seen: Seen) -> None:
         features = _coordinates(problem)
         num = features.shape[1]
-        mean = Hyper(np.full(num, math.log(0.5 * math.sqrt(max(1, num)))), math.log(0.25), math.log(0.003))
+        mean = Hyper(np.full(num, math.log(math.sqrt(num))), math.log(0.25), math.log(0.003))
         spread = np.concatenate([np.full(num, 1.0), [1.0, 1.5]])
         ones = np.ones((len(features), 1))
         super().__init__(features, Basis(ones, np.zeros(1), np.zeros(1)), HyperPrior(mean, spread), seen)
@@ -211,7 +205,7 @@ class WarmModel(RewardModel):
         num = self._seen.num_known
         if num < 2 or len(self._bent) == 1:
             return np.full(len(self._bent), 1 / len(self._bent))
-        gaps = self._seen.values(self.scale) - self._bent[:, self._seen.arms]
+        gaps = self._seen.values() - self._bent[:, self._seen.arms]
         gaps -= gaps.mean(axis=1, keepdims=True)
         # Pseudo-observations keep the first few measurements from deciding everything.
         variance = ((gaps**2).sum(axis=1) + 4 * 0.15**2) / (num - 1 + 4)
@@ -221,16 +215,31 @@ class WarmModel(RewardModel):
 
 
 def _coordinates(problem: Problem) -> Floats:
-    """Coordinates that vary, and facts: [configs, features] in 0..1."""
-    points = problem.encoding.points
-    varied = points[:, np.ptp(points, axis=0) > 0] if len(points) else points
-    facts = problem.facts if len(problem.facts) else np.zeros((len(points), 0))
-    features = np.column_stack([varied, facts])
-    return features if features.shape[1] else np.zeros((len(points), 1))
+    """What is known of a config before it runs: [configs, features] in 0..1.
+
+    The logarithms of the parameters, of their products and of their quotients in pairs, and the compiler's facts. Times
+    of kernels follow products (threads of a block, elements of a tile) and quotients (elements a thread) more than
+    single parameters, and a kernel function with a length scale a column finds out which ones matter.
+    """
+    encoding = problem.encoding
+    values = np.array([[config.params[name] for name in encoding.names] for config in encoding.configs], dtype=float)
+    values = values.reshape(len(encoding), len(encoding.names))
+    # Ranks serve where logarithms do not: a negative value has none.
+    logs = np.where(values.min(axis=0, initial=0.0) < 0, encoding.points, np.log2(np.maximum(values, 0.5)))
+    num_values = np.array([len(np.unique(column)) for column in logs.T])
+    paired = sorted(np.argsort(-num_values, kind="stable")[:MAX_PAIRED].tolist())
+    paired = [index for index in paired if num_values[index] > 2]
+    columns = [*logs.T]
+    for left, right in itertools.combinations(paired, 2):
+        columns += [logs[:, left] + logs[:, right], logs[:, left] - logs[:, right]]
+    varied = [(column - column.min()) / np.ptp(column) for column in columns if len(column) and np.ptp(column) > 0]
+    facts = [*problem.facts.T] if len(problem.facts) else []
+    features = np.array([*varied, *facts]).reshape(-1, len(encoding)).T
+    return features if features.shape[1] else np.zeros((len(encoding), 1))
 
 
 def _bent(sibling: Sibling) -> Floats:
-    return capped(sibling.log_ms - sibling.log_ms.min())
+    return capped(sibling.log_ms - sibling.log_ms.min(), CAP)
 
 
 def _meta_prior(coordinates: Floats, bent: Floats, seed: int) -> HyperPrior:
@@ -239,7 +248,7 @@ def _meta_prior(coordinates: Floats, bent: Floats, seed: int) -> HyperPrior:
     With one sibling there is no difference to learn from; its own shape gives the length scales and the roughness.
     """
     num = coordinates.shape[1]
-    lengths = np.concatenate([np.full(num, math.log(0.5 * math.sqrt(max(1, num)))), [math.log(0.7)]])
+    lengths = np.concatenate([np.full(num, math.log(math.sqrt(num))), [math.log(0.7)]])
     start = Hyper(lengths, math.log(0.04), math.log(0.01))
     prior = HyperPrior(start, np.concatenate([np.full(num + 1, 1.0), [1.0, 1.5]]))
     if len(coordinates) < 8:
