@@ -1,9 +1,17 @@
 """Search kernel configs by measuring few of them (SearchSpace + a measure function handed in -> SearchResult).
 
-search.py          the ask/tell loop: seeds, trials, budgets, finalists
-sampler.py         what a sampler is, and the table of samplers
-random_search.py   the baseline: every valid config equally likely
-bandit.py          the learning sampler: Bayesian regression on log latency, Thompson sampling
+search.py          the loop: ask, measure, tell, polish, and the finals
+study.py           the ask/tell core: batches, any order, foreign results, nothing twice, a ledger of it all
+ledger.py          the append-only file that a killed search goes on from
+measuring.py       one measurement with a deadline; failures by class
+bound.py           the early end of a hopeless config
+finals.py          the best few measured again, in turn, until the noise leaves no doubt
+siblings.py        what other shapes and devices, hints and the compiler say of each config
+foreign.py         from recordings and ledgers to siblings and measures
 space.py           configs as vectors in the unit cube
+sampler.py         what a sampler is, and the table of samplers
+bandit.py          "rl": the contextual bandit; reward.py its two models, gaussian.py and acquisition.py the mathematics
+portfolio.py, reinforce.py, coordinate.py, evolution.py, parzen.py, random_search.py, exhaustive.py: the other samplers
+environment.py     a gymnasium environment over any space
 replay.py          recorded landscapes, measured on a GPU and replayed anywhere
 """
