@@ -129,7 +129,6 @@ def test_channel_norm_is_as_near_to_fp64_as_eager(shape, kind, dtype) -> None:
             check("channel_norm", site, dtype, run, eager, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows_that_are_held_by_waiting_programs_are_each_right() -> None:
     # More programs than the device holds at once, over and over, and the last block of each row is short.
     x, weight, bias = random(257, 40, 1000), random(40), random(40)
