@@ -59,6 +59,8 @@ def dashboard_card_text(record: Dashboard, path: Path | None) -> str:
     lines = [f"Agnitra Lab dashboard of {record.artifacts}"]
     lines += [f"{tile.label}: {tile.value} ({tile.note.rstrip('.')})." for tile in sections.tiles(record)]
     for caption, rows in (("Newest runs", _run_rows(record)), ("Regressions", _pair_rows(record))):
+        if not rows:
+            continue
         lines += ["", f"{caption}:", *(", ".join(cell for cell in row if cell) + "." for row in rows)]
     return "\n".join([*lines, "", _where(path)]) + "\n"
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from agnitra_lab.contracts.search import SearchResult
 from agnitra_lab.report import numbers
+from agnitra_lab.report.dashboard_palette import DARK
 from agnitra_lab.report.dashboard_record import SearchCurve, SuiteGroup
 from agnitra_lab.report.dashboard_sections import RunGroup, best_so_far, microseconds, short_time
 from agnitra_lab.report.html import Html, escape
@@ -102,6 +105,34 @@ def search_chart(search: SearchCurve) -> Html:
     )
     label = f"Search of {search.template}: best {microseconds(search.best_latency_ms)}; the table has the numbers."
     return _svg(_CURVE_WIDTH, _CURVE_HEIGHT, label, parts)
+
+
+def search_picture(found: SearchResult) -> dict[str, str]:
+    """A finished search as a mime bundle for a notebook: the dashboard's picture on a surface of its own."""
+    curve = SearchCurve(
+        run_id="", topic="", template=found.space_template, shape=found.shape, dtype=found.dtype,
+        sampler=found.sampler, measured_on=found.measured_on, num_configs=found.num_configs,
+        stopped_because=found.stopped_because, latencies_ms=tuple(trial.latency_ms for trial in found.trials),
+        best_latency_ms=found.best.latency_ms if found.best else None,
+        best_config=found.best.config.key() if found.best else None,
+    )  # fmt: skip
+    text = (
+        f"Search of {found.space_template}, {found.measured_on}: best {microseconds(curve.best_latency_ms)} after "
+        f"{len(found.trials)} of {found.num_configs} configs"
+    )
+    return {"image/svg+xml": _painted(search_chart(curve)), "text/plain": text}
+
+
+def _painted(picture: Html) -> str:
+    """A picture that needs no style sheet: the dark surface's colours in place of its variables."""
+    drawn = re.sub(r"var\(--(\w+)\)", lambda name: DARK[name[1]], picture)
+    drawn = drawn.replace('class="m"', f'fill="{DARK["muted"]}"')
+    opening, closing, rest = drawn.partition(">")
+    namespace = 'xmlns="http://www.w3.org/2000/svg" font-family="system-ui,sans-serif"'
+    opening = opening.replace("<svg", f"<svg {namespace}", 1).replace(
+        f'width="{_CURVE_WIDTH:.0f}" height="{_CURVE_HEIGHT:.0f}"', f'width="{2 * _CURVE_WIDTH:.0f}"'
+    )
+    return f'{opening}{closing}<rect width="100%" height="100%" rx="6" fill="{DARK["panel"]}"/>{rest}'
 
 
 def _steps(best: Sequence[float | None], x: Any, y: Any) -> str:

@@ -146,7 +146,9 @@ def suite_sentences(group: SuiteGroup) -> str:
 def _latest_tile(record: Dashboard) -> Tile | None:
     row = next((row for row in record.runs if row.category == "reports" and "winner" in row.figures), None)
     if row is None:
-        return Tile("Latest optimisation", "none yet", "Make one: agnitra demo")
+        num_bad = sum(row.category == "reports" and row.status != "complete" for row in record.runs)
+        note = f"{_count(num_bad, 'report is', 'reports are')} incomplete or damaged." if num_bad else ""
+        return Tile("Latest optimisation", "none", note or "Make one: agnitra demo")
     figures = row.figures
     place = f"{row.topic} on {row.device}, {short_time(row)}"
     if figures["winner"] == figures.get("baseline"):
