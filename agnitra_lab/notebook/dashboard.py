@@ -33,7 +33,7 @@ export default {
     });
     const draw = () => {
       const chosen = root.querySelector(".agn")?.dataset.surface;
-      root.innerHTML = `<style>${model.get("style")}</style>${model.get("markup")}`;
+      root.innerHTML = `<style>${model.get("css")}</style>${model.get("markup")}`;
       if (chosen) root.querySelector(".agn").dataset.surface = chosen;
       const button = document.createElement("button");
       button.type = "button";
@@ -116,7 +116,8 @@ def _widget(artifacts: Path, record: Dashboard) -> Any:
         """The live dashboard."""
 
         _esm = f"{dashboard_script()}\n{_VIEW_SCRIPT}"
-        style = traitlets.Unicode(dashboard_style()).tag(sync=True)
+        # Not `style`: a DOM widget has a trait of that name, and the front end would look for a widget in it.
+        css = traitlets.Unicode(dashboard_style()).tag(sync=True)
         markup = traitlets.Unicode().tag(sync=True)
         index = traitlets.Unicode().tag(sync=True)
         problem = traitlets.Unicode().tag(sync=True)

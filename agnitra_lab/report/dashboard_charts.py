@@ -19,7 +19,7 @@ MAX_TIMELINE_RUNS = 120
 _LANES = ("reports", "bench", "perf", "profiles", "cmaes", "certs", "baseline", "vis", "regressions")
 _LANE_HEIGHT, _LANE_LEFT, _TOP = 26, 92, 46
 _MIN_STEP, _MAX_STEP, _WIDTH = 13.0, 52.0, 1180.0
-_CURVE_WIDTH, _CURVE_HEIGHT, _CURVE_LEFT = 300.0, 132.0, 46.0
+_CURVE_WIDTH, _CURVE_HEIGHT, _CURVE_LEFT = 300.0, 132.0, 60.0
 
 
 def timeline(groups: Sequence[RunGroup]) -> Html:
@@ -86,7 +86,7 @@ def search_chart(search: SearchCurve) -> Html:
     parts = [
         f'<path d="M{_CURVE_LEFT} {y(value):.1f}H{right}" stroke="var(--grid)"/>'
         f'<text class="m" x="{_CURVE_LEFT - 6}" y="{y(value) + 4:.1f}" font-size="12" text-anchor="end">'
-        f"{value * 1e3:.3g}</text>"
+        f"{value * 1e3:.3g} us</text>"
         for value in (low, high)
     ]
     parts += [
@@ -130,7 +130,7 @@ def _painted(picture: Html) -> str:
     opening, closing, rest = drawn.partition(">")
     namespace = 'xmlns="http://www.w3.org/2000/svg" font-family="system-ui,sans-serif"'
     opening = opening.replace("<svg", f"<svg {namespace}", 1).replace(
-        f'width="{_CURVE_WIDTH:.0f}" height="{_CURVE_HEIGHT:.0f}"', f'width="{2 * _CURVE_WIDTH:.0f}"'
+        f'width="{_CURVE_WIDTH:.0f}" height="{_CURVE_HEIGHT:.0f}"', f'width="{1.5 * _CURVE_WIDTH:.0f}"'
     )
     return f'{opening}{closing}<rect width="100%" height="100%" rx="6" fill="{DARK["panel"]}"/>{rest}'
 

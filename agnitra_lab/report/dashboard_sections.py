@@ -193,7 +193,7 @@ def _savings_tile(record: Dashboard) -> Tile | None:
     rows = list(newest.values())
     currencies = {str(row.figures.get("currency", "")) for row in rows}
     hours = sum((Decimal(str(row.figures.get("gpu_hours_saved", 0))) for row in rows), Decimal())
-    note = f"{numbers.hours(hours)} of device time, by the newest receipt of {_count(len(rows), 'workload and device')}"
+    note = f"{numbers.hours(hours)} of device time, by the newest receipts of {_count(len(rows), 'workload')}"
     if len(currencies) != 1:
         return Tile("Saved", numbers.hours(hours), note)
     money = sum((Decimal(str(row.figures["cost_savings"])) for row in rows), Decimal())
