@@ -1,4 +1,4 @@
-"""The dashboard in a notebook: live through one small widget, and a card of plain HTML where no kernel is.
+"""The dashboard in a notebook: a card of plain HTML, and live through one small widget while there is a kernel.
 
 The widget holds what is seen; a profile's rows travel when they are asked for. The notebook saves the card alone.
 """
@@ -9,19 +9,28 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agnitra_lab.errors import AgnitraError
+from agnitra_lab.errors import AgnitraError, UsageError
 from agnitra_lab.redact import redact_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from agnitra_lab.report.dashboard_record import Dashboard, LayerProfile
 
+_NO_KERNEL = {
+    "text/html": "<p>The live dashboard needs a running kernel: run this cell again.</p>",
+    "text/plain": "The live dashboard needs a front end with widgets; the card above has the same figures.",
+}
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 _VIEW_SCRIPT = """
 export default {
   render({ model, el }) {
     const root = el.attachShadow({ mode: "open" });
+    // JupyterLab takes arrow keys for itself before they get here, unless the element that has focus says otherwise.
+    const suppress = "data-lm-suppress-shortcuts";
+    root.addEventListener("focusin", (event) =>
+      el.toggleAttribute(suppress, Boolean(event.target.closest(".tree, select, .scroll, .chart"))));
+    root.addEventListener("focusout", () => el.removeAttribute(suppress));
     const waiting = new Map();
     const load = (place) => new Promise((resolve) => {
       waiting.set(place, resolve);
@@ -63,21 +72,26 @@ def show_dashboard(options: Any) -> None:
     """What `%agnitra_dashboard` does: write the file where one is asked for, and show the dashboard.
 
     Args:
-        options: the magic's: `artifacts`, `out`, `static`.
+        options: the magic's: `artifacts`, `out`, `static`, `live`.
 
     Raises:
-        UsageError: there is no such folder, or `out` is no HTML file.
+        UsageError: both of `static` and `live`; there is no such folder, or `out` is no HTML file.
         RunStoreError: the file cannot be written.
     """
+    if options.static and options.live:
+        raise UsageError("%agnitra_dashboard takes --static or --live, got both.", hint="Leave both out to show both.")
     from IPython.display import display
 
     from agnitra_lab.loop.dashboard import collect_dashboard, write_dashboard
 
     record = collect_dashboard(options.artifacts)
     path = write_dashboard(record, options.out) if options.out else None
-    is_live = not options.static
-    bundle = live_bundle(options.artifacts, record, path) if is_live else dashboard_bundle(record, path)
-    display(bundle, raw=True)
+    card = dashboard_bundle(record, path)
+    # Two outputs: a notebook that is opened again without its kernel says "model not found" in place of the second.
+    if not options.live:
+        display(card, raw=True)
+    if not options.static:
+        display(live_bundle(options.artifacts, record, card if options.live else _NO_KERNEL), raw=True)
 
 
 def dashboard_bundle(record: Dashboard, path: Path | None = None) -> dict[str, Any]:
@@ -92,9 +106,15 @@ def dashboard_bundle(record: Dashboard, path: Path | None = None) -> dict[str, A
     return {"text/html": dashboard_card_html(record, path), "text/plain": dashboard_card_text(record, path)}
 
 
-def live_bundle(artifacts: Path | str, record: Dashboard, path: Path | None = None) -> dict[str, Any]:
-    """The card's bundle with the live dashboard in it, which front ends with widgets show in its place."""
-    return {WIDGET_MIME: _view(Path(artifacts), record), **dashboard_bundle(record, path)}
+def live_bundle(artifacts: Path | str, record: Dashboard, fallback: Mapping[str, str]) -> dict[str, Any]:
+    """The live dashboard as one mime bundle.
+
+    Args:
+        artifacts: folder that it reads again when asked.
+        record: what it shows first.
+        fallback: what front ends without widgets show.
+    """
+    return {WIDGET_MIME: _view(Path(artifacts), record), **fallback}
 
 
 def _view(artifacts: Path, record: Dashboard) -> dict[str, Any]:

@@ -150,7 +150,8 @@ class AgnitraMagics(Magics):
     @magic_arguments()
     @argument("artifacts", nargs="?", default=ARTIFACTS, help="Folder of the runs. Default artifacts.")
     @argument("--out", metavar="FILE", help="Write the whole dashboard as one HTML file too.")
-    @argument("--static", action="store_true", help="Show the card alone, without the live dashboard.")
+    @argument("--static", action="store_true", help="Show the card alone: it needs no kernel.")
+    @argument("--live", action="store_true", help="Show the live dashboard alone, as for Voila.")
     @line_magic
     def agnitra_dashboard(self, line: str) -> None:
         """Show all runs: figures, drill-down, comparison of any two, regressions, the suite."""

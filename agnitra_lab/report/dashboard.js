@@ -195,7 +195,7 @@ const agnitra = (() => {
     const select = place.querySelector("select"), fold = place.querySelector("input");
     const state = { tree: null, total: 1, zoom: null, open: new Set() };
     const draw = () => { drawIcicle(place, state, draw); drawTree(place, state, draw); };
-    const change = async (isNew) => {
+    const change = async () => {
       const profile = await load(Number(select.value));
       state.tree = state.zoom = buildTree(profile, fold.checked);
       state.total = profile.total_self_ms;
@@ -205,6 +205,15 @@ const agnitra = (() => {
       place.querySelector(".about").textContent = index.profiles[select.value].about;
       draw();
     };
+    const body = place.querySelector(".tree tbody");
+    body.addEventListener("keydown", (event) => steer(event, body, state, draw));
+    body.addEventListener("focusin", (event) => {
+      const row = event.target.closest("tr");
+      state.focus = row.node;
+      state.hasFocus = true;
+      rove(body, row);
+    });
+    body.addEventListener("focusout", () => { state.hasFocus = false; });
     select.addEventListener("change", change);
     fold.addEventListener("change", change);
     place.querySelector(".live").hidden = false;
@@ -259,14 +268,10 @@ const agnitra = (() => {
     for (const node of childrenOf(state.tree)) add(node, 1);
     const focused = state.focus && rows.find((row) => row.node === state.focus);
     (focused || rows[0]).tabIndex = 0;
+    const hadFocus = state.hasFocus;
     body.replaceChildren(...rows);
-    if (focused && state.hasFocus) focused.focus();
-    body.onkeydown = (event) => steer(event, body, state, draw);
-    body.onfocusin = (event) => {
-      const row = event.target.closest("tr");
-      if (row) { state.focus = row.node; state.hasFocus = true; rove(body, row); }
-    };
-    body.onfocusout = () => { state.hasFocus = false; };
+    // Taking the old rows away takes the focus: whether it was here is known before.
+    if (focused && hadFocus) focused.focus();
   }
 
   function treeRow(node, level, state, draw) {

@@ -81,6 +81,9 @@ def test_arrow_keys_open_close_and_move(page):
     page.keyboard.press("Home")
     assert focused(page) == first
     assert page.locator(".tree tr[tabindex='0']").count() == 1
+    page.keyboard.press("ArrowDown")
+    assert page.locator(".tree tbody tr").nth(1).get_attribute("tabindex") == "0"
+    assert page.locator(".tree tr[tabindex='0']").count() == 1
 
 
 def test_a_block_of_the_picture_opens_its_row(page):

@@ -180,6 +180,16 @@ def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path):
         collect_dashboard(tmp_path / "nothing")
 
 
+def test_the_shell_writes_the_file_and_counts_what_is_not_whole(small, shell, tmp_path):
+    said = shell("dashboard", str(small), "--out", str(tmp_path / "all.html"))
+    assert (tmp_path / "all.html").is_file()
+    assert "3 run directories, 2 of them incomplete or damaged" in said
+
+
+def test_a_folder_that_is_not_there_ends_the_shell_with_its_code_for_bad_usage(shell, tmp_path):
+    shell("dashboard", str(tmp_path / "nothing"), code=2)
+
+
 @pytest.mark.parametrize("name", ["dashboard.txt", "folder.html"])
 def test_only_an_html_file_is_written(tmp_path, name):
     (tmp_path / "folder.html").mkdir()

@@ -21,11 +21,23 @@ def filed(shell):
     return shell
 
 
-def test_the_magic_shows_the_live_dashboard_and_a_card_in_its_place_without_a_kernel(filed):
-    (bundle,) = filed.ok("%agnitra_dashboard").bundles
-    assert set(bundle) == {WIDGET_MIME, "text/html", "text/plain"}
+def test_the_magic_shows_a_card_that_needs_no_kernel_and_then_the_live_dashboard(filed):
+    card, live = filed.ok("%agnitra_dashboard").bundles
+    assert set(card) == {"text/html", "text/plain"}
+    assert "Newest runs" in card["text/html"]
+    assert "12.15×" in card["text/plain"]
+    assert set(live) == {WIDGET_MIME, "text/html", "text/plain"}
+    assert "needs a running kernel" in live["text/html"]
+
+
+def test_the_live_dashboard_alone_carries_the_card_for_front_ends_without_widgets(filed):
+    (bundle,) = filed.ok("%agnitra_dashboard --live").bundles
     assert "Newest runs" in bundle["text/html"]
-    assert "12.15×" in bundle["text/plain"]
+    assert WIDGET_MIME in bundle
+
+
+def test_static_and_live_together_are_a_usage_error(filed):
+    assert isinstance(filed.run("%agnitra_dashboard --live --static").error, UsageError)
 
 
 def test_the_static_card_holds_no_widget_and_only_what_an_untrusted_notebook_keeps(filed):
@@ -55,7 +67,7 @@ def test_a_folder_deleted_meanwhile_leaves_the_live_view_as_it_was(filed):
 
     record = collect_dashboard("artifacts")
     assert isinstance(record, Dashboard)
-    bundle = live_bundle("artifacts", record)
+    bundle = live_bundle("artifacts", record, {})
     view = _instances[bundle[WIDGET_MIME]["model_id"]]
     markup = view.markup
     shutil.rmtree("artifacts")
