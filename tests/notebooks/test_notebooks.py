@@ -21,7 +21,7 @@ from agnitra_lab.contracts import STAGES
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 QUICKEST = "03_refine"
-CELL_TIMEOUT_S = 240
+CELL_TIMEOUT_S = 480
 MIN_STRICT_CELLS = 3
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
