@@ -4,6 +4,7 @@
 
 Rounds are interleaved, each run in a folder of its own with no compiled code from the one before. The seconds are
 those of the whole test, with the start of pytest and of the kernel. A run that fails is counted and its end is shown.
+The load average is among the figures: above the number of cores, others had a part of the machine, and the seconds.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ def main() -> None:
     chosen = [path for path in NOTEBOOKS if path.stem == QUICKEST] if options.quick else NOTEBOOKS
     seconds: dict[str, list[float]] = {path.stem: [] for path in chosen}
     num_green, num_rounds, started = 0, 0, time.monotonic()
+    loads: list[float] = []
     while num_rounds < (1 if options.quick else options.repeats) and time.monotonic() - started < options.limit_s:
         num_rounds += 1
         for notebook in chosen:
             wall_s, is_green, tail = run_once(notebook)
+            loads.append(os.getloadavg()[0])
             seconds[notebook.stem].append(wall_s)
             num_green += is_green
             if not options.json or not is_green:
@@ -64,7 +67,7 @@ def main() -> None:
                 print(tail, file=sys.stderr)
     figures: dict[str, float] = {
         "num_notebooks": len(chosen), "num_rounds": num_rounds, "num_runs": num_rounds * len(chosen),
-        "num_green": num_green,
+        "num_green": num_green, "num_cores": os.cpu_count() or 1, "load_average_mean": statistics.mean(loads),
     }  # fmt: skip
     for stem, values in seconds.items():
         figures[f"nb_{stem}_wall_s_p50"] = statistics.median(values)

@@ -134,14 +134,14 @@ def test_every_number_of_the_suite_and_the_regressions_is_on_the_page(record):
     text = page.dashboard_page(record)
     for group in record.suite:
         for row in group.workloads:
-            assert f"{row['speedup_vs_best']:.3f}x" in text
-            assert f"{row['agnitra_latency_ms_p50']:.4g}" in text
+            assert "speedup_vs_best" not in row or f"{row['speedup_vs_best']:.3f}x" in text
+            assert "agnitra_latency_ms_p50" not in row or f"{row['agnitra_latency_ms_p50']:.4g}" in text
     for pair in record.pairs:
         for change in pair.found.metrics:
-            assert f"{change.baseline:.6g}" in text
-            assert f"{change.candidate:.6g}" in text
+            assert change.baseline is None or f"{change.baseline:.6g}" in text
+            assert change.candidate is None or f"{change.candidate:.6g}" in text
     for search in record.searches:
-        assert f"{search.best_latency_ms * 1e3:.2f} us" in text
+        assert search.best_latency_ms is None or f"{search.best_latency_ms * 1e3:.2f} us" in text
 
 
 def test_the_repositorys_own_dashboard_is_small(record):
