@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agnitra_lab.contracts.suite import SuiteFigures
 from agnitra_lab.report import dashboard, palette
 from agnitra_lab.report.dashboard_palette import LEVELS, SURFACES, TEXT_ROLES, tint
-from agnitra_lab.report.dashboard_record import Dashboard, LayerProfile, RunRow, SearchCurve
+from agnitra_lab.report.dashboard_record import Dashboard, LayerProfile, RunRow, SearchCurve, SuiteGroup
 from agnitra_lab.report.dashboard_sections import best_so_far, key_figure, run_groups, short_time, tiles
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
@@ -70,8 +71,8 @@ def make_search(topic="llama", latencies=(0.004, None, 0.003, 0.005)):
 def make_record(text="llama", runs=None, **changes):
     runs = runs if runs is not None else (make_run(1, topic=text, latency_ms_p50=1.0), make_run(0, topic=text))
     parts = {"layers": (make_profile(topic=text, modules=(text, "b", "c")),), "searches": (make_search(text),)}
-    return Dashboard(artifacts=text, generated_at="2026-11-26T00:00:00Z", runs=runs, pairs=(), suite=(), rules=(),
-                     warnings=(text,), **{**parts, **changes})  # fmt: skip
+    return Dashboard(artifacts=text, generated_at="2026-11-26T00:00:00Z", runs=runs, pairs=(), rules=(),
+                     warnings=(text,), **{"suite": (), **parts, **changes})  # fmt: skip
 
 
 @pytest.mark.parametrize("surface", SURFACES)
@@ -181,6 +182,27 @@ def test_the_key_figure_names_its_baseline_and_verdict():
     assert key_figure(figures) == "1.50× [1.40, 1.60] over eager, faster"
     assert key_figure({"latency_ms": 2.0}) == "2.00 ms a call"
     assert key_figure({}) == ""
+
+
+def test_a_workload_that_failed_was_not_checked_and_is_in_no_mean():
+    figures = SuiteFigures(
+        num_workloads=3, num_done=2, num_failed=1, num_not_equivalent=1, num_failed_baselines=0, num_below_0_98=0,
+        num_surely_below_0_98=0, num_at_least_1_15=1, speedup_vs_best_geomean=1.2, speedup_vs_best_worst=1.2,
+        worst_workload="a",
+    )  # fmt: skip
+    rows = (
+        {"workload": "a", "status": "done", "is_equivalent": True},
+        {"workload": "b", "status": "done", "is_equivalent": False},
+        {"workload": "c", "status": "failed", "is_equivalent": False, "error": "timeout"},
+    )
+    group = SuiteGroup(device="NVIDIA H200", scale="full", figures=figures, workloads=rows)
+    shown = {tile.label: tile for tile in tiles(make_record(suite=(group,)))}
+    assert shown["Outputs equivalent"].value == "1 of 2"
+    assert shown["Suite, over the best baseline"].note.startswith("geometric mean of 1 workloads")
+    assert key_figure(figures.model_dump()) == "1.20× over the best baseline, geometric mean of 1"
+    text = dashboard.dashboard_page(make_record(suite=(group,)))
+    assert "timeout" in text
+    assert "NOT EQUIVALENT" in text
 
 
 def test_a_run_without_a_summary_is_dated_by_its_name():
