@@ -166,7 +166,8 @@ def _suite_tile(record: Dashboard) -> Tile | None:
         return None
     figures, mean = group.figures, group.figures.speedup_vs_best_geomean
     note = (
-        f"geometric mean of {figures.num_done - figures.num_not_equivalent} workloads on {group.device} ({group.scale}); "
+        f"geometric mean of {figures.num_done - figures.num_not_equivalent} workloads on {group.device} "
+        f"({group.scale}); "
         f"worst {numbers.times(figures.speedup_vs_best_worst or 0.0)}"
     )
     state: Literal["better", "worse", "unchanged"] = (
