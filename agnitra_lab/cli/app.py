@@ -81,6 +81,7 @@ def _complain(text: str) -> None:
 
 # Commands register themselves on `app`; they import torch and plotly only when they run.
 from agnitra_lab.cli import (  # noqa: E402
+    dashboard_commands,  # noqa: F401
     landscape_commands,  # noqa: F401
     loop_commands,  # noqa: F401
     refine_commands,  # noqa: F401

@@ -147,6 +147,19 @@ class AgnitraMagics(Magics):
         with one_line():
             return runs_frame(self._options("agnitra_runs", line).artifacts)
 
+    @magic_arguments()
+    @argument("artifacts", nargs="?", default=ARTIFACTS, help="Folder of the runs. Default artifacts.")
+    @argument("--out", metavar="FILE", help="Write the whole dashboard as one HTML file too.")
+    @argument("--static", action="store_true", help="Show the card alone: it needs no kernel.")
+    @argument("--live", action="store_true", help="Show the live dashboard alone, as for Voila.")
+    @line_magic
+    def agnitra_dashboard(self, line: str) -> None:
+        """Show all runs: figures, drill-down, comparison of any two, regressions, the suite."""
+        from agnitra_lab.notebook.dashboard import show_dashboard
+
+        with one_line():
+            show_dashboard(self._options("agnitra_dashboard", line))
+
     @no_var_expand
     @output_can_be_silenced
     @magic_arguments()

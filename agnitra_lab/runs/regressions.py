@@ -2,49 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-from agnitra_lab.contracts.base import Contract
+from agnitra_lab.contracts.regressions import FigureRule, MetricChange, MetricVerdict, Regressions
 from agnitra_lab.contracts.run import Results, RunSummary
 
-MetricVerdict = Literal["ok", "regressed", "missing", "not_comparable"]
-
-
-class MetricChange(Contract):
-    """One figure in both runs."""
-
-    metric: str
-    baseline: float | None
-    candidate: float | None
-    relative_change: float | None
-    """(candidate - baseline) / |baseline|; null when a value is missing or the baseline is 0."""
-    tolerance: float
-    is_lower_better: bool
-    verdict: MetricVerdict
-    reason: str
-
-
-class Regressions(Contract):
-    """The comparison of two runs, and whether a guardrail failed."""
-
-    baseline_run_id: str
-    candidate_run_id: str
-    metrics: tuple[MetricChange, ...]
-    verdict: MetricVerdict
-    is_failure: bool
-    """Regressed; or missing, where the caller counts that as failure."""
-    note: str | None = None
-    schema_version: str = "agnitra.regressions.v1"
-
-
-@dataclass(frozen=True)
-class _Rule:
-    suffixes: tuple[str, ...]
-    tolerance: float
-    is_lower_better: bool
-    is_absolute: bool = False
-    depends_on_device: bool = True
+__all__ = ["FigureRule", "MetricChange", "MetricVerdict", "Regressions", "compare_runs", "device_name", "figure_rules",
+           "figures_of"]  # fmt: skip
 
 
 def compare_runs(
@@ -75,15 +37,11 @@ def compare_runs(
         loss_rel: the same as a share of the baseline's.
         is_missing_failure: whether a figure that only the baseline has fails the comparison.
     """
-    loss_tolerance = loss_rel if loss_abs is None else loss_abs
-    rules = (
-        _Rule(("tflops_per_second_est",), tflops_rel, False),
-        _Rule(("_per_second", "_per_sec"), throughput_rel, False),
-        _Rule(("latency_ms_p50", "latency_ms"), latency_rel, True),
-        _Rule(("peak_memory_allocated_gb", "peak_memory_bytes"), memory_rel, True),
-        _Rule(("final_loss",), loss_tolerance, True, loss_abs is not None, depends_on_device=False),
-    )
-    before, after = _figures(baseline.results), _figures(candidate.results)
+    rules = figure_rules(
+        latency_rel=latency_rel, throughput_rel=throughput_rel, tflops_rel=tflops_rel, memory_rel=memory_rel,
+        loss_abs=loss_abs, loss_rel=loss_rel,
+    )  # fmt: skip
+    before, after = figures_of(baseline.results), figures_of(candidate.results)
     devices = device_name(baseline), device_name(candidate)
     is_same_device = devices[0] == devices[1]
     metrics = []
@@ -106,13 +64,42 @@ def compare_runs(
     )
 
 
+def figure_rules(
+    *,
+    latency_rel: float = 0.05,
+    throughput_rel: float = 0.05,
+    tflops_rel: float = 0.05,
+    memory_rel: float = 0.05,
+    loss_abs: float | None = None,
+    loss_rel: float = 0.05,
+) -> tuple[FigureRule, ...]:
+    """Which figures are compared, by the end of their name, and how much worse they may get. The first that fits holds.
+
+    Args: see `compare_runs`.
+    """
+    loss = loss_rel if loss_abs is None else loss_abs
+    return (
+        FigureRule(suffixes=("tflops_per_second_est",), tolerance=tflops_rel, is_lower_better=False),
+        FigureRule(suffixes=("_per_second", "_per_sec"), tolerance=throughput_rel, is_lower_better=False),
+        FigureRule(suffixes=("latency_ms_p50", "latency_ms"), tolerance=latency_rel, is_lower_better=True),
+        FigureRule(
+            suffixes=("peak_memory_allocated_gb", "peak_memory_bytes"), tolerance=memory_rel, is_lower_better=True
+        ),
+        FigureRule(
+            suffixes=("final_loss",), tolerance=loss, is_lower_better=True, is_absolute=loss_abs is not None,
+            depends_on_device=False,
+        ),
+    )  # fmt: skip
+
+
 def device_name(summary: RunSummary) -> str:
     """Name of the device that a run was made on."""
     device = summary.meta.device
     return device if isinstance(device, str) else device.name
 
 
-def _figures(results: Results) -> dict[str, float]:
+def figures_of(results: Results) -> dict[str, float]:
+    """The figures of a run that are numbers, by name; the last of its losses as `final_loss`."""
     values = results.model_dump()
     if results.final_loss is None and results.losses:
         values["final_loss"] = results.losses[-1]
@@ -123,7 +110,9 @@ def _figures(results: Results) -> dict[str, float]:
     }
 
 
-def _change(name: str, rule: _Rule, before: float | None, after: float | None, is_comparable: bool) -> MetricChange:
+def _change(
+    name: str, rule: FigureRule, before: float | None, after: float | None, is_comparable: bool
+) -> MetricChange:
     relative = None if before is None or after is None or before == 0 else (after - before) / abs(before)
     verdict, reason = _judge(rule, before, after, is_comparable)
     return MetricChange(
@@ -138,7 +127,9 @@ def _change(name: str, rule: _Rule, before: float | None, after: float | None, i
     )
 
 
-def _judge(rule: _Rule, before: float | None, after: float | None, is_comparable: bool) -> tuple[MetricVerdict, str]:
+def _judge(
+    rule: FigureRule, before: float | None, after: float | None, is_comparable: bool
+) -> tuple[MetricVerdict, str]:
     if before is None:
         return "ok", "new in the candidate"
     if after is None:

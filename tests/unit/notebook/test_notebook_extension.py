@@ -6,7 +6,14 @@ import sys
 from agnitra_lab.notebook import load_ipython_extension, unload_ipython_extension
 
 MAGICS = {
-    "line": {"agnitra_optimize", "agnitra_report", "agnitra_runs", "agnitra_rollback", "agnitra_display"},
+    "line": {
+        "agnitra_optimize",
+        "agnitra_report",
+        "agnitra_runs",
+        "agnitra_rollback",
+        "agnitra_display",
+        "agnitra_dashboard",
+    },
     "cell": {"agnitra_profile"},
 }
 
