@@ -95,6 +95,13 @@ ACTIONS: dict[str, Action] = {
             summary="one Triton kernel for a product of at most 16 rows with its norm, gate, activation and residual",
         ),
         Action(
+            name="cached_attention",
+            kind="template",
+            needs_cuda=True,
+            summary="rotation of at most 4 new tokens, their write into a cache and attention over it, in one or two "
+            "Triton kernels",
+        ),
+        Action(
             name="decode_attention",
             kind="template",
             needs_cuda=True,

@@ -10,6 +10,7 @@ from agnitra_lab.errors import TemplateError
 from agnitra_lab.optional import require
 
 TEMPLATES: dict[str, str] = {
+    "cached_attention": "agnitra_lab.generate.templates.cached_attention",
     "decode_attention": "agnitra_lab.generate.templates.decode_attention",
     "channel_norm": "agnitra_lab.generate.templates.channel_norm",
     "depthwise_conv": "agnitra_lab.generate.templates.depthwise_conv",
