@@ -1,6 +1,9 @@
 """The decode path on a GPU: skinny GEMMs against cuBLAS, decode attention against SDPA, and a whole decoder's chain.
 
-    python tests/benchmarks/decode_chain.py [--quick] [--only gemm chain attention] [--json]
+    python tests/benchmarks/decode_chain.py [--quick] [--only gemm chain attention step] [--json]
+
+`chain` is the products alone. `step` is the whole token: the products with rotation, cache and attention between them,
+once as Inductor's pointwise kernels and decode_attention, once as cached_attention.
 
 Weights and caches rotate past the L2 inside one CUDA graph, so that every read comes from memory. Each number stands
 beside what cuBLAS or SDPA took and beside the device copy that was measured first. Results are checked against torch.
@@ -360,11 +363,153 @@ def one_attention(
     return figures
 
 
+def step_configs() -> list[Params]:
+    """The rule of thumb for the 1.1B decoder's attention, and what lies around it."""
+    shape = ATTENTIONS["1b"]
+    start = dict(default_config("cached_attention", shape, str(DTYPE)).params)
+    near = [
+        start | {"BLOCK_N": block_n, "SPLIT": split, "num_warps": num_warps}
+        for block_n, split, num_warps in (
+            (64, 16, 2), (32, 32, 4), (32, 32, 2), (32, 16, 4), (64, 8, 4), (128, 8, 4), (16, 64, 2), (16, 32, 2),
+        )
+    ]  # fmt: skip
+    return list({json.dumps(params): params for params in [start, start | {"PDL": 1}, *near]}.values())
+
+
+def step_case() -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Tensors of the attention of one token of the 1.1B decoder, at the last slot."""
+    _, num_kv_heads, group, num_keys, size = ATTENTIONS["1b"]
+    q, k, v = (
+        random(1, num_kv_heads * group, 1, size),
+        random(1, num_kv_heads, 1, size),
+        random(1, num_kv_heads, 1, size),
+    )
+    angle = torch.rand(1, 1, size // 2, device="cuda").repeat(1, 1, 2) * 6.0
+    position = torch.full((1,), num_keys - 1, device="cuda")
+    mask = torch.ones(1, num_keys, dtype=torch.bool, device="cuda")
+    caches = [random(1, num_kv_heads, num_keys, size) for _ in range(2)]
+    tensors = [q, k, v, *caches, position, mask, angle.cos().to(DTYPE), angle.sin().to(DTYPE)]
+    return tensors, {"form": "halves", "rotary": size}
+
+
+def warm_step(params: Params) -> str | None:
+    """Compile one config of the step in a worker; return what went wrong."""
+    try:
+        with torch.inference_mode():
+            tensors, options = step_case()
+            twins = [tensor.clone() for tensor in tensors]
+            output = kernel("cached_attention", params)(*tensors, **options)
+            expected = registry.load("cached_attention").reference(*twins, **options)
+            return next(filter(None, map(difference, [output, *tensors[3:5]], [expected, *twins[3:5]])), None)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+
+
+def prepare(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position: torch.Tensor, *caches: torch.Tensor
+) -> torch.Tensor:
+    """Rotate q and k and write k and v into the cache, as the model's own code does; return q."""
+    q, k, v = parts_of(qkv)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    caches[0].index_copy_(2, position, turned(k))
+    caches[1].index_copy_(2, position, v)
+    return turned(q)
+
+
+def parts_of(qkv: torch.Tensor) -> list[torch.Tensor]:
+    _, num_kv_heads, group, _, size = ATTENTIONS["1b"]
+    heads = (num_kv_heads * group, num_kv_heads, num_kv_heads)
+    parts = qkv.split([number * size for number in heads], dim=-1)
+    return [part.view(1, 1, -1, size).transpose(1, 2) for part in parts]
+
+
+def step_figures(pool: ProcessPoolExecutor, copy: float) -> dict[str, Any]:
+    """Time one token of the whole 1.1B decoder in our kernels, with the attention's step as several or as one."""
+    best = {
+        name: dict(default_config("skinny_gemm", (1, *shape), str(DTYPE)).params) for name, (shape, _) in CHAIN.items()
+    }
+    compile_all(pool, warm_gemm, [(1, *shape, best[name], flags) for name, (shape, flags) in CHAIN.items()])
+    attention = dict(default_config("decode_attention", ATTENTIONS["1b"], str(DTYPE)).params)
+    compile_all(pool, warm_attention, [(ATTENTIONS["1b"], attention)])
+    configs = compile_all(pool, warm_step, step_configs())
+    products = {name: kernel("skinny_gemm", params) for name, params in best.items()}
+    layers = [
+        {name: random(*shape) * shape[1] ** -0.5 for name, (shape, _) in CHAIN.items() if name != "head"}
+        for _ in range(NUM_LAYERS)
+    ]
+    head, norm, x = random(*HEAD) * HEAD[1] ** -0.5, torch.ones(2048, device="cuda", dtype=DTYPE), random(1, 1, 2048)
+    (*_, position, mask, cos, sin), options = step_case()
+    _, num_kv_heads, _, num_keys, size = ATTENTIONS["1b"]
+    caches = [[random(1, num_kv_heads, num_keys, size) for _ in range(2)] for _ in range(NUM_LAYERS)]
+
+    def token(attend: Callable[..., torch.Tensor]) -> torch.Tensor:
+        h, normed = x, {"norm_weight": norm, "eps": EPS}
+        for layer, cache in zip(layers, caches, strict=True):
+            out = attend(products["qkv"](h, layer["qkv"], **normed), cache)
+            h = products["o"](out.transpose(1, 2).flatten(2), layer["o"], residual=h)
+            g = products["gate_up"](h, layer["gate_up"], **normed, gate="gate_first", activation="silu")
+            h = products["down"](g, layer["down"], residual=h)
+        return products["head"](h, head, **normed)
+
+    pointwise, split = torch.compile(prepare, fullgraph=True), kernel("decode_attention", attention)
+
+    def in_several(qkv: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+        return split(pointwise(qkv, cos, sin, position, *cache), *cache, mask)
+
+    num_bytes = 2 * (HEAD[0] * HEAD[1] + NUM_LAYERS * sum(n * k for n, k in SHAPES_1B.values()))
+    num_bytes += NUM_LAYERS * 4 * num_kv_heads * num_keys * size
+    figures: dict[str, Any] = {"step_limit_ms": num_bytes / copy / 1e6}
+    expected = token(in_several)
+    figures["step_in_several_ms"] = graph_us(lambda: token(in_several), 1) / 1e3
+    figures["step_products_ms"] = graph_us(lambda: token(lambda qkv, cache: parts_of(qkv)[0]), 1) / 1e3
+    print(figures, flush=True)
+    timed = []
+    for params in configs:
+        call = kernel("cached_attention", params)
+
+        def in_one(qkv: torch.Tensor, cache: list[torch.Tensor], call: Any = call) -> torch.Tensor:
+            return call(*parts_of(qkv), *cache, position, mask, cos, sin, **options)
+
+        problem = difference(token(in_one), expected)
+        timed.append((graph_us(lambda run=in_one: token(run), 1) / 1e3, params))
+        print(f"step {compact(params):60s} {timed[-1][0]:.4f} ms {problem or 'agrees'}", flush=True)
+        if params["PDL"] == 1:
+            figures["step_in_one_no_pdl_ms"] = timed.pop()[0]
+        elif len(timed) == 1:
+            figures["step_in_one_default_ms"] = timed[0][0]
+            figures["step_kernels_us"] = kernel_times(lambda run=in_one: token(run))
+    figures["step_in_several_kernels_us"] = kernel_times(lambda: token(in_several))
+    again = graph_us(lambda: token(in_several), 1) / 1e3
+    fastest, params = min(timed, key=lambda pair: pair[0])
+    return figures | {"step_in_several_again_ms": again, "step_in_one_ms": fastest, "step_config": compact(params)}
+
+
+def kernel_times(call: Callable[[], Any]) -> dict[str, float]:
+    """Mean device time of each kernel of a call in us, by name, as the profiler sees it in a graph's replay."""
+    from torch.profiler import ProfilerActivity, profile
+
+    graph, _ = capture(call)
+    graph.replay()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        graph.replay()
+        torch.cuda.synchronize()
+    return {
+        f"{event.key[:60]} x{event.count}": round(event.self_device_time_total / event.count, 2)
+        for event in profiled.key_averages()
+        if event.self_device_time_total
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the 1.1B shapes at batch 1, six configs each")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
-    parser.add_argument("--only", nargs="*", default=["gemm", "chain", "attention"])
+    parser.add_argument("--only", nargs="*", default=["gemm", "chain", "attention", "step"])
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a CUDA device.")
@@ -391,6 +536,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             figures |= chain_figures(pool, ranked, copy, is_quick=options.quick)
         if "attention" in options.only:
             figures |= attention_figures(pool, ["1b"] if options.quick else list(ATTENTIONS), copy, 8)
+        if "step" in options.only:
+            figures |= step_figures(pool, copy)
     return figures
 
 

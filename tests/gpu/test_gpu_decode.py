@@ -176,20 +176,147 @@ def test_decode_attention_agrees_with_fp64_as_well_as_sdpa_does(shape, dtype, ma
             assert error(output, expected) <= 1.25 * eager + 0.05 * RTOL[dtype], config.key()
 
 
+STEPS = [
+    # batch, heads, key/value heads, tokens, slots, head size, form, rotary, angles, is normed, slot dimension
+    (1, 32, 4, 1, 1024, 64, "halves", 64, "each", False, 2),
+    (1, 32, 8, 1, 4096, 128, "halves", 128, "halves", True, 2),
+    (3, 12, 12, 4, 77, 80, "halves", 20, "each", False, 1),
+    (2, 6, 2, 2, 515, 64, "neighbours", 64, "neighbours", True, 2),
+    (1, 71, 1, 3, 130, 64, "neighbours", 32, "each", False, 2),
+    (2, 4, 4, 1, 33, 256, "none", 0, "each", False, 1),
+]
+
+
+def step_of(case, dtype):
+    """Arguments and options of one decoding step over caches that hold NaN where the new slots are."""
+    batch, heads, kv_heads, tokens, slots, size, form, rotary, angles, is_normed, slot_dim = case
+    packed = random(batch, tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
+    q, k, v = (
+        part.unflatten(-1, (-1, size)).transpose(1, 2)
+        for part in packed.split([heads * size, kv_heads * size, kv_heads * size], -1)
+    )
+    position = torch.randperm(slots, device="cuda")[:tokens]
+    caches = []
+    for _ in range(2):
+        cache = random(batch, kv_heads, slots, size, dtype=dtype)
+        cache[:, :, position] = float("nan")
+        caches.append(cache if slot_dim == 2 else cache.transpose(1, 2).contiguous())
+    mask = torch.arange(slots, device="cuda")[None] <= position[:, None]
+    options = {"slot_dim": slot_dim, "form": form, "rotary": rotary, "angles": angles}
+    angle = random(1, tokens, max(1, rotary if angles == "each" else rotary // 2))
+    cos, sin = (angle.cos().to(dtype), angle.sin().to(dtype)) if form != "none" else (None, None)
+    if is_normed:
+        options |= {"q_weight": random(size, dtype=dtype), "k_weight": random(size, dtype=dtype), "eps": (EPS, EPS)}
+    return [q, k, v, *caches, position, mask, cos, sin], options
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_a_decoding_step_agrees_with_fp64_as_well_as_separate_ops_do(case, dtype) -> None:
+    batch, heads, kv_heads, tokens, slots, size = case[:6]
+    tensors, options = step_of(case, dtype)
+    reference = registry.load("cached_attention").reference
+
+    def with_caches(change=lambda x: x):
+        return [change(x.clone()) if i in (3, 4) else change(x) for i, x in enumerate(tensors)]
+
+    exact, single = with_caches(wide), with_caches()
+    expected = reference(*exact, **{name: wide(value) for name, value in options.items()})
+    eager = reference(*single, **options)
+    shape = (batch, kv_heads, heads // kv_heads * tokens, slots, size)
+    for config in edge_configs("cached_attention", shape, dtype):
+        for pdl in (1, 2):
+            ours = with_caches()
+            call = render(config.model_copy(update={"params": dict(config.params) | {"PDL": pdl}})).call
+            output = call(*ours, **options)
+            assert problem(output, expected) is None, config.key()
+            assert error(output, expected) <= 1.25 * error(eager, expected) + 0.05 * RTOL[dtype], config.key()
+            for index in (3, 4):
+                is_new = torch.isnan(tensors[index])
+                assert torch.equal(ours[index][~is_new], tensors[index][~is_new]), "only the new slots are written"
+                new, wanted = ours[index][is_new], exact[index][is_new]
+                assert problem(new, wanted) is None, config.key()
+                if index == 4:
+                    assert torch.equal(new, single[index][is_new]), "values are copied bit by bit"
+
+
+def test_a_chain_of_dependent_steps_reads_what_the_steps_before_wrote() -> None:
+    case = (1, 8, 2, 1, 256, 64, "halves", 64, "each", False, 2)
+    (q, k, v, k_cache, v_cache, _, _, cos, sin), options = step_of(case, torch.bfloat16)
+    k_cache.zero_(), v_cache.zero_()
+    places = torch.arange(12, device="cuda")
+    masks = torch.arange(256, device="cuda")[None] <= places[:, None]
+    call = render(default_config("cached_attention", (1, 2, 4, 256, 64), "bfloat16")).call
+    plain = registry.load("cached_attention").reference
+
+    def chain(step, caches):
+        h = q
+        for i in range(12):
+            h = step(h, k, v, *caches, places[i : i + 1], masks[i : i + 1], cos, sin, **options)
+        return h
+
+    expected = chain(plain, (k_cache.clone(), v_cache.clone()))
+    graph, output = capture(lambda: chain(call, (k_cache, v_cache)))
+    for _ in range(20):
+        output.fill_(float("nan"))
+        k_cache.fill_(float("nan"))
+        v_cache.zero_()
+        graph.replay()
+        assert problem(output, expected.double()) is None
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_compiled_step_writes_its_caches_where_they_lie(mode) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    (q, k, v, k_cache, v_cache, position, mask, cos, sin), options = step_of(STEPS[0], torch.bfloat16)
+    call = render(default_config("cached_attention", (1, 4, 8, 1024, 64), "bfloat16")).call
+    compiled = torch.compile(
+        lambda q, k, v, place: call(q * 1.1, k, v, k_cache, v_cache, place, mask, cos, sin, **options) * 2.0,
+        fullgraph=True, mode=mode,
+    )  # fmt: skip
+    mine = k_cache.clone(), v_cache.clone()
+    expected = 2.0 * registry.load("cached_attention").reference(
+        q * 1.1, k, v, *mine, position, mask, cos, sin, **options
+    )
+    output, (code, *_) = run_and_get_code(compiled, q, k, v, position)
+    assert problem(output, expected.double()) is None
+    assert torch.equal(v_cache, mine[1])
+    assert "clone" not in code and f"empty_strided_cuda({tuple(k_cache.shape)}" not in code
+    for _ in range(3):
+        k_cache[:, :, position] = float("nan")
+        assert problem(compiled(q, k, v, position).clone(), expected.double()) is None
+
+
 def operator_cases():
     x, weight, norm = random(3, 96), random(8, 96), random(96)
     q, k, v, mask = attention((1, 4, 2, 1, 100, 32), torch.float32, "boolean")
     skinny = (x, weight, None, norm, random(3, 4), EPS, True, 4, 1, 2, 128, 1, 1, 1)
+    step, _ = step_of((1, 4, 2, 1, 100, 32, "halves", 32, "each", False, 2), torch.float32)
+    step = [torch.nan_to_num(x) if i in (3, 4) else x for i, x in enumerate(step)]
     return {
         "skinny_gemm": skinny,
         "skinny_gemm_dependent": skinny,
+        "cached_attention": (
+            *step,
+            None,
+            None,
+            0,
+            2,
+            [1, 32, 0],
+            [0.0, 0.0],
+            0.2,
+            [128, 32, 32, 1],
+            [32, 2, 1, 4, 2],
+        ),
         "decode_attention": (q, k, v, mask, 0.2, [128, 32, 32, 1], 32, 2, 4, 2),
     }
 
 
-@pytest.mark.parametrize("name", ["skinny_gemm", "skinny_gemm_dependent", "decode_attention"])
+@pytest.mark.parametrize("name", ["skinny_gemm", "skinny_gemm_dependent", "decode_attention", "cached_attention"])
 def test_an_operator_keeps_the_contract_of_torch(name) -> None:
-    for template in ("skinny_gemm", "decode_attention"):
+    for template in ("skinny_gemm", "decode_attention", "cached_attention"):
         registry.load(template)
     torch.library.opcheck(getattr(torch.ops.agnitra, name).default, operator_cases()[name])
 

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from agnitra_lab.generate.templates import decode_attention, skinny_gemm_kernels
+from agnitra_lab.generate.templates import cached_attention_kernels, decode_attention, skinny_gemm_kernels
 
 FLAGS = {
     "HAS_BIAS": False,
@@ -22,7 +22,10 @@ FLAGS = {
     "IS_EVEN": True,
     "SPLIT": 1,
 }
-TYPES = {"eps": "fp32", "scale": "fp32", "num_rows": "i32", "mask_ptr": "*i1"}
+TYPES = {
+    "eps": "fp32", "q_eps": "fp32", "k_eps": "fp32", "scale": "fp32", "num_rows": "i32", "mask_ptr": "*i1",
+    "position_ptr": "*i64",
+}  # fmt: skip
 WHOLE_ROWS = FLAGS | {"NUM_ROWS": 1, "NUM_TILES": 2, "NUM_ALL_TILES": 2, "BLOCK_N": 4, "BLOCK_K": 1024}
 
 
@@ -88,3 +91,32 @@ def test_split_attention_compiles_with_a_boolean_mask() -> None:
     }  # fmt: skip
     ptx = compiled(decode_attention._attend, constants, num_stages=2).asm["ptx"]
     assert "cp.async" in ptx and "mma.sync" in ptx
+
+
+STEP = {
+    "NUM_QUERIES": 1, "NUM_R": 8, "HEAD_SIZE": 64, "HAS_POSITION": True, "HAS_Q_NORM": True, "HAS_K_NORM": True,
+    "FORM": 1, "ROTARY": 64, "ANGLES": 0, "MASK": 1, "BLOCK_R": 16, "BLOCK_D": 64, "BLOCK_N": 64, "SPLIT": 16,
+    "PDL": 2, "NUM_STAGES": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"FORM": 2, "ANGLES": 2, "NUM_QUERIES": 4}, {"HAS_POSITION": False, "FORM": 0, "PDL": 1}], ids=str
+)
+def test_a_decoding_step_compiles_and_reads_and_writes_nothing_before_it_waits(changed: dict) -> None:
+    ptx = compiled(cached_attention_kernels.attend, STEP | changed, num_stages=2).asm["ptx"]
+    assert "cp.async" in ptx and "mma.sync" in ptx
+    found = re.findall(r"(?:ld|st)\.global[\w.:]*|cp\.async\.c\w[\w.]*|prefetch[\w.]*|griddepcontrol\.\w+", ptx)
+    if (STEP | changed)["PDL"] == 1:
+        assert not any("griddep" in name or "prefetch" in name for name in found)
+        return
+    before = found[: found.index("griddepcontrol.wait")]
+    assert before[0] == "griddepcontrol.launch_dependents"
+    assert set(before[1:]) == {"prefetch.global.L2"}
+
+
+def test_the_sum_of_parts_waits_before_it_reads() -> None:
+    names = ("NUM_QUERIES", "NUM_R", "HEAD_SIZE", "BLOCK_D", "SPLIT", "PDL")
+    constants = {name: STEP[name] for name in names} | {"BLOCK_P": 16}
+    found = global_loads(compiled(cached_attention_kernels.add_parts, constants).asm["ptx"])
+    assert found[:2] == ["griddepcontrol.launch_dependents", "griddepcontrol.wait"]

@@ -16,13 +16,15 @@ from agnitra_lab.generate.points import DTYPES, next_power_of_two
 from agnitra_lab.generate.render import render
 
 NAMES = sorted(registry.TEMPLATES)
+ATTENTIONS = st.tuples(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 128), st.integers(1, 5000), st.integers(1, 256)
+)
 SITES = {
     "channel_norm": st.tuples(*[st.integers(1, 5000)] * 3),
     "group_norm": st.tuples(*[st.integers(1, 5000)] * 3),
     "skinny_gemm": st.tuples(st.integers(1, 16), st.integers(1, 5000), st.integers(1, 5000)),
-    "decode_attention": st.tuples(
-        st.integers(1, 9), st.integers(1, 9), st.integers(1, 128), st.integers(1, 5000), st.integers(1, 256)
-    ),
+    "cached_attention": ATTENTIONS,
+    "decode_attention": ATTENTIONS,
     "split_gemm": st.tuples(*[st.integers(1, 5000)] * 4),
     # Images and channels, three extents, three of taps, strides and dilations each, the layout.
     "depthwise_conv": st.tuples(
@@ -32,7 +34,7 @@ SITES = {
 """The shapes of templates that do not count a tensor's rows and columns."""
 SHAPES = {
     "channel_norm": (4, 6, 10), "group_norm": (4, 6, 10), "skinny_gemm": (4, 8, 8),
-    "decode_attention": (1, 2, 4, 8, 8), "split_gemm": (1, 16, 16, 16),
+    "cached_attention": (1, 2, 4, 8, 8), "decode_attention": (1, 2, 4, 8, 8), "split_gemm": (1, 16, 16, 16),
     "depthwise_conv": (2, 4, 1, 6, 8, 1, 3, 3, 1, 1, 1, 1, 1, 1, 1),
 }  # fmt: skip
 ROWS = st.lists(st.integers(1, 5000), min_size=1, max_size=3).map(tuple)
@@ -136,6 +138,9 @@ def test_another_dtype_has_no_space(name: str) -> None:
         ("decode_attention", (1, 2, 8, 8)),
         ("decode_attention", (1, 2, 129, 8, 8)),
         ("decode_attention", (1, 2, 8, 8, 257)),
+        ("cached_attention", (1, 2, 8, 8)),
+        ("cached_attention", (1, 2, 129, 8, 8)),
+        ("cached_attention", (1, 2, 8, 8, 257)),
     ],
 )
 def test_a_shape_that_is_no_site_of_the_template_is_refused_in_words(name: str, shape: tuple[int, ...]) -> None:
@@ -256,6 +261,46 @@ def test_decode_attention_of_fake_tensors_has_the_strides_that_were_asked_for(sp
         q, k, v = (torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
         assert call(q, k, v).stride() == (256, 64, 64, 1)
         assert call(q, k, v, out_stride=(256, 64, 256, 1)).stride() == (256, 64, 256, 1)
+
+
+def test_supports_says_why_cached_attention_cannot_take_a_call() -> None:
+    supports = registry.load("cached_attention").supports
+    q, k, cache, slots = (
+        torch.empty(1, 4, 1, 8),
+        torch.empty(1, 2, 1, 8),
+        torch.empty(1, 2, 9, 8),
+        torch.zeros(1).long(),
+    )
+    cos, turns = torch.empty(1, 1, 8), ("halves", 8, "each")
+    mask = torch.empty(1, 9, dtype=torch.bool)
+    assert supports(q, k, k, cache, cache, slots, mask, cos, cos, (torch.empty(8), None), turns=turns) is None
+    assert supports(q, k, k, cache.transpose(1, 2), cache.transpose(1, 2), slots, slot_dim=1) is None
+    assert "one dtype" in supports(q, k.half(), k, cache, cache)
+    assert "4-dimensional" in supports(q[0], k, k, cache, cache)
+    assert "H a multiple of G" in supports(torch.empty(1, 3, 1, 8), k, k, cache, cache)
+    assert "caches of 1 x 8" in supports(q, k, k, cache[..., :4], cache[..., :4])
+    assert "4 tokens" in supports(*(x.expand(-1, -1, 5, -1) for x in (q, k, k)), cache, cache)
+    assert "contiguous last" in supports(q, k, k, *[cache.transpose(2, 3).contiguous().transpose(2, 3)] * 2)
+    assert "whole numbers as positions" in supports(q, k, k, cache, cache, slots.float())
+    assert "norm weights of 8" in supports(q, k, k, cache, cache, slots, weights=(torch.empty(4), None))
+    assert "knows the forms" in supports(q, k, k, cache, cache, slots, turns=("thirds", 8, "each"))
+    assert "even number" in supports(q, k, k, cache, cache, slots, None, cos, cos, turns=("halves", 7, "each"))
+    assert "broadcast to (1, 1, 4)" in supports(
+        q, k, k, cache, cache, slots, None, cos, cos, turns=("halves", 8, "halves")
+    )
+    assert "boolean or floating mask" in supports(q, k, k, cache, cache, slots, torch.empty(1, 9).long())
+    assert "broadcasts to (1, 4, 1, 9)" in supports(q, k, k, cache, cache, slots, torch.empty(8))
+
+
+@pytest.mark.parametrize("split", [1, 4])
+def test_cached_attention_of_fake_tensors_has_the_strides_that_were_asked_for(split: int) -> None:
+    config = default_config("cached_attention", (2, 2, 2, 300, 64), "bfloat16")
+    call = render(config.model_copy(update={"params": dict(config.params) | {"SPLIT": split}})).call
+    with FakeTensorMode(), torch.no_grad():
+        shapes = ((2, 4, 1, 64), (2, 2, 1, 64), (2, 2, 1, 64), (2, 2, 300, 64), (2, 2, 300, 64))
+        tensors = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+        assert call(*tensors, first_position=7).stride() == (256, 64, 64, 1)
+        assert call(*tensors, first_position=7, out_stride=(256, 64, 256, 1)).stride() == (256, 64, 256, 1)
 
 
 def test_supports_says_why_a_row_template_cannot_take_a_call() -> None:
