@@ -79,20 +79,10 @@ def _cached_attention(
     num_r = num_heads // num_kv_heads * num_queries
     out = torch.empty_strided(q.shape, out_stride, dtype=q.dtype, device=q.device)
     num_blocks = -(-num_keys // block_n)
-    partial = stats = out
-    if split > 1:
-        num_parts = batch * num_kv_heads * num_r * split
-        partial = torch.empty((num_parts, head_size), dtype=torch.float32, device=q.device)
-        stats = torch.empty((num_parts, 2), dtype=torch.float32, device=q.device)
+    partial, stats = _parts(batch * num_kv_heads * num_r * split, out) if split > 1 else (out, out)
     seen = None if mask is None else mask.expand(batch, num_heads, num_queries, num_keys)
-    sizes: dict[str, Any] = {
-        "NUM_QUERIES": num_queries,
-        "NUM_R": num_r,
-        "HEAD_SIZE": head_size,
-        "BLOCK_D": max(16, next_power_of_two(head_size)),
-        "SPLIT": split,
-        "PDL": pdl,
-    }
+    sizes: dict[str, Any] = {"NUM_QUERIES": num_queries, "NUM_R": num_r, "HEAD_SIZE": head_size, "SPLIT": split}
+    sizes |= {"BLOCK_D": max(16, next_power_of_two(head_size)), "PDL": pdl}
     if pdl == 2:
         sizes["launch_pdl"] = True
     attend[(batch * num_kv_heads, split)](
@@ -121,6 +111,13 @@ def _cached_attention(
 def _(q, k, v, k_cache, v_cache, position, mask, cos, sin, q_weight, k_weight, first, slot_dim, rotation, eps, scale,
       out_stride, config):  # fmt: skip
     return q.new_empty_strided(q.shape, out_stride)
+
+
+def _parts(number: int, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make room for the unfinished results of parts, and for the maximum and sum of each."""
+    sizes = ((number, out.shape[3]), (number, 2))
+    partial, stats = (torch.empty(size, dtype=torch.float32, device=out.device) for size in sizes)
+    return partial, stats
 
 
 def _or(tensor: torch.Tensor | None, unread: torch.Tensor) -> torch.Tensor:
@@ -183,19 +180,26 @@ def launch(
     refusal = supports(q, k, v, k_cache, v_cache, position, mask, cos, sin, (q_weight, k_weight), slot_dim, turns)
     given = (q, k, v, k_cache, v_cache, position, mask, cos, sin, q_weight, k_weight)
     check_call("cached_attention", tuple(tensor for tensor in given if tensor is not None), refusal, _IS_COMPILED)
-    _, num_heads, num_queries, head_size = q.shape
-    contiguous = (num_heads * num_queries * head_size, num_queries * head_size, head_size, 1)
-    is_dependent = params["PDL"] == 2 and _IS_COMPILED and _has_dependent_launch(q.device)
     return torch.ops.agnitra.cached_attention(
         *given,
         first_position,
         slot_dim,
         [FORMS.index(form), rotary, ANGLES.index(angles)],
         list(eps),
-        1.0 / math.sqrt(head_size) if scale is None else float(scale),
-        list(contiguous if out_stride is None else out_stride),
-        [*(params[name] for name in PARAMS[:2]), 2 if is_dependent else 1, *(params[name] for name in PARAMS[3:])],
+        1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale),
+        list(_contiguous(q.shape) if out_stride is None else out_stride),
+        _config(params, q.device),
     )
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    return shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1
+
+
+def _config(params: dict[str, int], device: torch.device) -> list[int]:
+    """Return the parameters in order, without the dependent launch where nothing can do one."""
+    is_dependent = params["PDL"] == 2 and _IS_COMPILED and _has_dependent_launch(device)
+    return [2 if name == "PDL" and is_dependent else 1 if name == "PDL" else params[name] for name in PARAMS]
 
 
 def _has_dependent_launch(device: torch.device) -> bool:

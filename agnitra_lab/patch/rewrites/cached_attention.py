@@ -106,6 +106,8 @@ def _find(node: fx.Node, norms: dict[fx.Node, RMSNorm]) -> _Step | str:
         writes.append(write)
         repeated += passed
     k_write, v_write = writes
+    if any(write.cache.op not in ("placeholder", "get_attr") for write in writes):
+        return "the cache is made in the graph itself"
     if k_write.cache is v_write.cache or k_write.slot_dim != v_write.slot_dim:
         return "keys and values lie in one cache, or in two of different layouts"
     if k_write.position != v_write.position:
