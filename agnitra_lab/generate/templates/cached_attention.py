@@ -154,8 +154,7 @@ def launch(
     """Run the kernels with one config; the new keys and values are in the cache afterwards.
 
     Args:
-        params: BLOCK_N (keys that a program holds at once), SPLIT (parts of the cache), PDL (2: programmatic dependent
-            launch), num_warps, num_stages.
+        params: BLOCK_N (keys that a program holds at once), SPLIT (parts of the cache), PDL, num_warps, num_stages.
         q: [B, H, L, D] floating tensor on a CUDA device (any device in the interpreter) before its rotation, L at most
             MAX_QUERIES; D contiguous, other strides free.
         k: [B, G, L, D] of q's dtype before its rotation, H a multiple of G; v: like k.
@@ -167,8 +166,7 @@ def launch(
         q_weight: None, or [D]: each query head is RMS-normed with it before the rotation; k_weight: each key head.
         eps: of both norms.
         form: one of FORMS; rotary: how many of the first values of a head turn; angles: one of ANGLES.
-        scale: of the scores; 1 / sqrt(D) by default.
-        out_stride: strides of the result; contiguous by default.
+        scale: of the scores, 1 / sqrt(D) by default; out_stride: of the result, contiguous by default.
 
     Returns:
         [B, H, L, D] of q's dtype.
