@@ -8,6 +8,7 @@ from typing import Any
 import planted_indices
 import planted_norms
 import planted_products
+import planted_steps
 import pytest
 import torch
 from planted_bugs import BF16, BOTH, FP32, OUTPUT_BUGS, Candidate, Family
@@ -18,7 +19,7 @@ from agnitra_lab.contracts.workload import Inputs, Workload
 
 FAMILIES: dict[str, Family] = {
     name.lower(): family
-    for module in (planted_norms, planted_products, planted_indices)
+    for module in (planted_norms, planted_products, planted_indices, planted_steps)
     for name, family in vars(module).items()
     if isinstance(family, Family)
 }

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 SUITES = {
+    "cached_attention_in_interpreter.py": 20,
     "decode_in_interpreter.py": 10,
     "depthwise_in_interpreter.py": 12,
     "norms_in_interpreter.py": 10,
