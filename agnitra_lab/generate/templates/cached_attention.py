@@ -44,10 +44,19 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASK_DTYPES = (torch.bool, *_DTYPES)
 
 
+def _layout_tags() -> tuple[torch.Tag, ...]:
+    """Return the tag that says that any layout is taken, none where torch does not have it.
+
+    Where strides are demanded, Inductor computes a mask or an angle that is no buffer yet once more for each layer
+    (torch 2.13): slower, and nothing else.
+    """
+    tag = getattr(torch.Tag, "flexible_layout", None)
+    return () if tag is None else (tag,)
+
+
 # Opaque to Inductor: it launches a traced kernel by itself and knows no launch_pdl. That the caches are written is in
-# the signature, so they are written where they lie. Any layout is taken: where strides are demanded, Inductor computes
-# a mask or an angle that is no buffer yet once more for each layer (torch 2.13).
-@custom_op("agnitra::cached_attention", mutates_args=("k_cache", "v_cache"), tags=(torch.Tag.flexible_layout,))
+# the signature, so they are written where they lie.
+@custom_op("agnitra::cached_attention", mutates_args=("k_cache", "v_cache"), tags=_layout_tags())
 def _cached_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -106,7 +106,8 @@ STEP = {
 def test_a_decoding_step_compiles_and_reads_and_writes_nothing_before_it_waits(changed: dict) -> None:
     ptx = compiled(cached_attention_kernels.attend, STEP | changed, num_stages=2).asm["ptx"]
     assert "cp.async" in ptx and "mma.sync" in ptx
-    found = re.findall(r"(?:ld|st)\.global[\w.:]*|cp\.async\.c\w[\w.]*|prefetch[\w.]*|griddepcontrol\.\w+", ptx)
+    accesses = r"(?:ld|st|atom|red)\.global[\w.:]*|cp\.async\.(?:c[ag]|bulk)[\w.]*|prefetch[\w.]*"
+    found = re.findall(accesses + r"|griddepcontrol\.\w+", ptx)
     if (STEP | changed)["PDL"] == 1:
         assert not any("griddep" in name or "prefetch" in name for name in found)
         return

@@ -303,6 +303,13 @@ def test_cached_attention_of_fake_tensors_has_the_strides_that_were_asked_for(sp
         assert call(*tensors, first_position=7, out_stride=(256, 64, 256, 1)).stride() == (256, 64, 256, 1)
 
 
+def test_the_step_over_a_cache_takes_any_layout_where_torch_can_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = registry.load("cached_attention")
+    assert torch.Tag.flexible_layout in torch.ops.agnitra.cached_attention.default.tags
+    monkeypatch.setattr(torch, "Tag", object())
+    assert template._layout_tags() == ()
+
+
 def test_supports_says_why_a_row_template_cannot_take_a_call() -> None:
     x = torch.empty(2, 8)
     for name in ("softmax", "cumsum"):
