@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 from agnitra_lab.contracts.measurement import Equivalence, Latency, Ratio, Verdict
 
 NUM_RESAMPLES = 2000
+_QUANTILES_PERCENT = tuple(range(0, 101, 5))
 
 
 def latency(samples_ms: ArrayLike, device_ms: ArrayLike | None = None) -> Latency:
@@ -24,6 +25,7 @@ def latency(samples_ms: ArrayLike, device_ms: ArrayLike | None = None) -> Latenc
         latency_ms_p20=p20,
         latency_ms_p80=p80,
         num_samples=samples.size,
+        latency_ms_quantiles=tuple(float(value) for value in np.percentile(samples, _QUANTILES_PERCENT)),
         device_ms_p50=float(np.median(np.asarray(device_ms))) if device_ms is not None else None,
     )
 

@@ -16,6 +16,8 @@ class Latency(Contract):
     latency_ms_p20: Positive
     latency_ms_p80: Positive
     num_samples: Count
+    latency_ms_quantiles: tuple[Positive, ...] = ()
+    """0%, 5%, ... 100% of the samples: their distribution. Empty in records from before it was kept."""
     device_ms_p50: Positive | None = None
     """Device span of one call (first kernel start to last kernel end), on CUDA."""
 

@@ -1,15 +1,16 @@
-"""The finished loop -> its report, its bill and its provenance."""
+"""What each stage files, and the finished loop -> its report, its bill and its provenance."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.graph import WorkloadProfile
+from agnitra_lab.contracts.kernel import Kernel, Site
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
 from agnitra_lab.contracts.patch import PatchLog
 from agnitra_lab.contracts.report import AgentNotes, Checkpoint, Payback, Region, Report
@@ -21,8 +22,50 @@ from agnitra_lab.contracts.usage import UsageEvent
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.loop.settings import Settings
 from agnitra_lab.metering.usage import usage_event
+from agnitra_lab.patch.install import Patch
+from agnitra_lab.profiler.telemetry import Telemetry
 from agnitra_lab.report import assemble
 from agnitra_lab.runs import provenance
+from agnitra_lab.runs.store import Run
+
+
+def file_profile(run: Run, telemetry: Telemetry) -> None:
+    """Write the telemetry of the profile stage."""
+    telemetry.save(run.directory("profiles"))
+
+
+def file_proposal(run: Run, proposal: Proposal) -> None:
+    """Write the suggestions."""
+    run.write_json("reports", "suggestions.json", proposal)
+
+
+def file_searches(run: Run, searches: Sequence[SearchResult], ledgers: Mapping[Site, bytes]) -> None:
+    """Write every trial of each search, and its ledger where it has one."""
+    for result in searches:
+        site = Site(result.space_template, result.shape, result.dtype)
+        stem = site.key().replace("/", "__")
+        run.write_json("cmaes", f"trials/{stem}.json", result)
+        if site in ledgers:
+            run.write_bytes("cmaes", f"ledgers/{stem}.jsonl", ledgers[site])
+
+
+def file_kernels(run: Run, kernels: Sequence[Kernel]) -> None:
+    """Write the rendered sources."""
+    for kernel in kernels:
+        run.write_text("perf", f"kernels/{kernel.name}.py", kernel.source)
+
+
+def file_patches(run: Run, patches: Mapping[str, Patch]) -> None:
+    """Write the patch log of each candidate that may still win."""
+    for name, patch in patches.items():
+        run.write_json("perf", f"patches/{_file_stem(name)}.json", patch.log())
+
+
+def file_comparisons(run: Run, results: Sequence[CandidateResult]) -> None:
+    """Write what was measured of each candidate."""
+    for result in results:
+        if result.comparison is not None:
+            run.write_json("bench", f"comparisons/{_file_stem(result.name)}.json", result.comparison)
 
 
 def build_report(
@@ -137,3 +180,7 @@ def _usage(
             "candidate": winner,
         },
     )
+
+
+def _file_stem(candidate: str) -> str:
+    return candidate.replace(":", "-")

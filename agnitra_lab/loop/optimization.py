@@ -17,12 +17,12 @@ from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.events import Event, EventName
 from agnitra_lab.contracts.graph import WorkloadProfile, WorkloadType
-from agnitra_lab.contracts.kernel import Kernel, Site
+from agnitra_lab.contracts.kernel import Kernel, KernelSource, Site
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
 from agnitra_lab.contracts.report import Checkpoint, Region, StageName
 from agnitra_lab.contracts.run import Kind, Meta
-from agnitra_lab.contracts.search import KernelConfig, SearchResult
-from agnitra_lab.contracts.suggestion import Proposal
+from agnitra_lab.contracts.search import KernelConfig, SearchResult, Trial
+from agnitra_lab.contracts.suggestion import Proposal, Suggestion
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device import info
 from agnitra_lab.device.peaks import measure_peaks
@@ -52,6 +52,8 @@ from agnitra_lab.runs.markdown import run_markdown
 from agnitra_lab.runs.store import Run, RunStore
 
 Progress = Callable[[Checkpoint], None]
+Tell = Callable[[str], None]
+"""Gets what is being done within a stage, in a few words."""
 # The FLOPs of the original graph are no floor for a candidate that provably needs fewer.
 _DOES_LESS_WORK = frozenset({"linear_algebra", "last_token_head", "attention_by_hand", "sdpa_backend"})
 _PRODUCTS_OF_A_SPLIT = 3
@@ -60,7 +62,13 @@ _LEAST_REHEARSAL_S = 120.0
 
 
 class Optimization:
-    """One pass of the loop over one workload. Call the stages in order, or `run_all`."""
+    """One pass of the loop over one workload. Call the stages in order, or `run_all`; `redo.redo` begins again midway.
+
+    Attributes:
+        on_checkpoint: called after each stage.
+        on_progress: called with what a stage is doing; None asks for silence.
+        on_trial: called with each kernel config that a search has measured, and its place.
+    """
 
     def __init__(self, workload: Workload, settings: Settings, on_checkpoint: Progress | None = None) -> None:
         store = RunStore(settings.artifacts)
@@ -72,6 +80,8 @@ class Optimization:
         self._adviser = Adviser(settings)
         self.checkpoints: list[Checkpoint] = []
         self.on_checkpoint = on_checkpoint
+        self.on_progress: Tell | None = None
+        self.on_trial: Callable[[Site, Trial], None] | None = None
         self.device = info.device_of(workload.model, workload.args, workload.kwargs)
         candidates.check_name(settings.only, self.device.type)
         self.device_info: DeviceInfo = info.describe(self.device)
@@ -85,8 +95,9 @@ class Optimization:
         self.kernels = templates.KernelBook()
         self.tuned: Mapping[Site, KernelConfig] = {}
         self.refused: Collection[Site] = ()
+        self.ledgers: Mapping[Site, bytes] = {}
         self.lab = KernelLab(self.device) if self.device.type == "cuda" and settings.sampler is not None else None
-        self._surveyed: list[Site] = []
+        self.surveyed: list[Site] = []
         self.patches: dict[str, Patch] = {}
         self.results: list[CandidateResult] = []
         self.winner: CandidateResult | None = None
@@ -113,10 +124,11 @@ class Optimization:
     def profile(self) -> Telemetry:
         """Find out where the time goes, and tie it to the graph."""
         started = time.monotonic()
+        self._tell("running the model with the profiler on")
         self.telemetry = capture.profile(self.workload, name=self.workload.name)
         if self.telemetry.graph is not None:
             self.profile_of_workload = semantics.analyse(self.telemetry.graph, self.workload.phase)
-        self.telemetry.save(self.run.directory("profiles"))
+        filing.file_profile(self.run, self.telemetry)
         record = self.telemetry.record
         top = record.bottleneck
         where = (
@@ -129,14 +141,15 @@ class Optimization:
     def suggest(self) -> Proposal:
         """Ask for things to try: the language model where there is one, presets otherwise."""
         started = time.monotonic()
+        self._tell("asking the rewrites what they find, and for advice")
         findable = self._findable()
         is_measured = self.lab is not None and why_no_kernels() is None
         self.advice = self._adviser.ask(
-            self.telemetry.record, self.profile_of_workload, self.device_info, findable, self._surveyed,
+            self.telemetry.record, self.profile_of_workload, self.device_info, findable, self.surveyed,
             is_measured=is_measured, peaks=lambda: measure_peaks(self.device, self._dtype()),
         )  # fmt: skip
         self.proposal = self.advice.rounds.proposal
-        self.run.write_json("reports", "suggestions.json", self.proposal)
+        filing.file_proposal(self.run, self.proposal)
         fallback = self.proposal.fallback
         if fallback is not None:
             self.emit("optimization.fallback", reason=fallback.reason, detail=fallback.detail)
@@ -154,19 +167,17 @@ class Optimization:
             reason = "kernel search is off" if found else "no kernel template fits this graph"
             self._checkpoint("refine", reason, started, "skipped")
             return self.searches
-        refining = Refinement(self.settings, self.device_info, self.lab, self.proposal.suggestions, self.advice)
+        refining = Refinement(
+            self.settings, self.device_info, self.lab, self.accepted, self.advice, on_trial=self._note_trial
+        )
         self.searches, notes = refining.run(found)
         if self.advice is not None and self.advice.num_measured:
             self.proposal = self.advice.rounds.proposal
-            self.run.write_json("reports", "suggestions.json", self.proposal)
+            filing.file_proposal(self.run, self.proposal)
             notes = [*filter(None, [self.advice.note]), *notes]
         self.tuned, self.refused = refining.tuned, refining.refused
-        for result in self.searches:
-            site = Site(result.space_template, result.shape, result.dtype)
-            stem = site.key().replace("/", "__")
-            self.run.write_json("cmaes", f"trials/{stem}.json", result)
-            if site in refining.ledgers:
-                self.run.write_bytes("cmaes", f"ledgers/{stem}.jsonl", refining.ledgers[site])
+        self.ledgers = refining.ledgers
+        filing.file_searches(self.run, self.searches, self.ledgers)
         self._checkpoint("refine", "; ".join(notes), started, "done" if notes else "skipped")
         return self.searches
 
@@ -182,8 +193,7 @@ class Optimization:
         for site in sites:
             self.kernels(site.template, site.shape, site.dtype)
         made = self.kernels.kernels
-        for kernel in made:
-            self.run.write_text("perf", f"kernels/{kernel.name}.py", kernel.source)
+        filing.file_kernels(self.run, made)
         refusal = why_no_kernels()
         line = ", ".join(kernel.name for kernel in made) or "no kernel to render"
         self._checkpoint(
@@ -197,13 +207,14 @@ class Optimization:
     def patch(self) -> dict[str, Patch]:
         """Compile the candidates within the budget, each judged as it comes; the best so far is usable throughout."""
         started = time.monotonic()
-        actions = [suggestion.action for suggestion in self.proposal.suggestions]
+        actions = [suggestion.action for suggestion in self.accepted]
         kernels = None if why_no_kernels() else self.kernels
+        self._tell("measuring the device's ceilings")
         self.peaks = measure_peaks(self.device, self._dtype())
         with self._rehearsing(kernels) as rehearse:
             chooser = Chooser(
                 candidates.Plan(actions, self.device.type, only=self.settings.only),
-                lambda candidate: candidates.build(self.workload, candidate, kernels),
+                lambda candidate: self._build(candidate, kernels),
                 lambda name, patch: self._judge(name, patch, self.settings.timing_s / 2),
                 budget_s=self.settings.budget_s,
                 limit_ms=self._limit_ms(),
@@ -211,8 +222,7 @@ class Optimization:
             )
             self.patches, self.results = chooser.patches, chooser.results
             chooser.run()
-        for name, patch in self.patches.items():
-            self.run.write_json("perf", f"patches/{_file_stem(name)}.json", patch.log())
+        filing.file_patches(self.run, self.patches)
         ours = [patch.log() for name, patch in self.patches.items() if name.startswith("agnitra")]
         changes = f"{max((len(log.descriptors) for log in ours), default=0)} graph changes"
         num_built = sum(result.status in ("kept", "rejected") for result in self.results)
@@ -226,9 +236,7 @@ class Optimization:
         self.comparison = self.winner.comparison if self.winner and self.winner.comparison else self._best_attempt()
         self.against_best = self._against_best_mode(final)
         self.results = contest.pass_over(self.results, self.winner, final)
-        for result in self.results:
-            if result.comparison is not None:
-                self.run.write_json("bench", f"comparisons/{_file_stem(result.name)}.json", result.comparison)
+        filing.file_comparisons(self.run, self.results)
         self._checkpoint("benchmark", assemble.headline(self.comparison, self.winner_name), started)
         return self.results
 
@@ -291,6 +299,12 @@ class Optimization:
         """Name of the kept candidate, "eager" when there is none."""
         return self.winner.name if self.winner else "eager"
 
+    @property
+    def accepted(self) -> tuple[Suggestion, ...]:
+        """The suggestions that the later stages take up: all of them unless the settings name some."""
+        chosen = self.settings.accept
+        return tuple(each for each in self.proposal.suggestions if chosen is None or each.action in chosen)
+
     def emit(self, event: EventName, **payload: Any) -> None:
         """Append one structured event to the run."""
         stamp = provenance.utc_now()
@@ -314,7 +328,7 @@ class Optimization:
         # A replay answers for the nearest recorded shape: one site a template says all that it can.
         if why_no_kernels() is not None:
             ranked = list({site.template: site for site in reversed(ranked)}.values())
-        self._surveyed = ranked
+        self.surveyed = ranked
         return found.actions | {site.template for site in book.sites}
 
     def _is_possible(self, action: str) -> bool:
@@ -323,9 +337,21 @@ class Optimization:
 
     def _sites(self) -> list[Site]:
         """Every place where a suggested template would go, most frequent first."""
-        asked = {suggestion.action for suggestion in self.proposal.suggestions}
+        asked = {suggestion.action for suggestion in self.accepted}
         is_replayed = why_no_kernels() is not None
-        return [site for site in self._surveyed if is_replayed or site.template in asked]
+        return [site for site in self.surveyed if is_replayed or site.template in asked]
+
+    def _tell(self, what: str) -> None:
+        if self.on_progress:
+            self.on_progress(what)
+
+    def _note_trial(self, site: Site, trial: Trial) -> None:
+        if self.on_trial:
+            self.on_trial(site, trial)
+
+    def _build(self, candidate: candidates.Candidate, kernels: KernelSource | None) -> Patch:
+        self._tell(f"compiling {candidate.name}")
+        return candidates.build(self.workload, candidate, kernels)
 
     @contextmanager
     def _rehearsing(self, kernels: templates.KernelBook | None) -> Iterator[Rehearsal | None]:
@@ -344,6 +370,7 @@ class Optimization:
             rehearsal.close()
 
     def _compare(self, name: str, patch: Patch, budget_s: float) -> Comparison:
+        self._tell(f"checking and timing {name}")
         does_less = any(change.action in _DOES_LESS_WORK for change in patch.log().descriptors)
         return comparing.compare(
             self.workload, patch.model, candidate_name=name, budget_s=budget_s, peaks=self.peaks,
@@ -390,6 +417,7 @@ class Optimization:
     def _head_to_head(self, candidate: str, baseline: str) -> Comparison:
         verified = next(result.comparison for result in self.results if result.name == candidate)
         assert verified is not None
+        self._tell(f"timing {candidate} against {baseline}")
         return comparing.head_to_head(
             self.workload, self.patches[candidate].model, self.patches[baseline].model, candidate_name=candidate,
             baseline_name=baseline, equivalence=verified.equivalence, budget_s=self.settings.timing_s,
@@ -460,7 +488,3 @@ class Optimization:
         parameters = getattr(self.workload.model, "parameters", None)
         tensors = [t for t in (parameters() if parameters else ()) if t.is_floating_point()]
         return tensors[0].dtype if tensors else torch.float32
-
-
-def _file_stem(candidate: str) -> str:
-    return candidate.replace(":", "-")

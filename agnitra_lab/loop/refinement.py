@@ -7,13 +7,13 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.kernel import Site
-from agnitra_lab.contracts.search import KernelConfig, SearchResult
+from agnitra_lab.contracts.search import KernelConfig, SearchResult, Trial
 from agnitra_lab.contracts.suggestion import Suggestion
 from agnitra_lab.errors import LedgerError, SearchError
 from agnitra_lab.generate import kernels as templates
@@ -44,6 +44,7 @@ class Refinement:
         lab: where configs are measured; None where recordings answer.
         suggestions: whose configs are measured first.
         advice: the suggest stage's ranked configs; those of a language model are measured with it.
+        on_trial: called with each trial and its place as it ends.
 
     Attributes:
         tuned: site -> the config to use there; sites that nobody searched are not in it.
@@ -58,12 +59,14 @@ class Refinement:
         lab: KernelLab | None,
         suggestions: Sequence[Suggestion],
         advice: Advice | None = None,
+        on_trial: Callable[[Site, Trial], None] | None = None,
     ) -> None:
         self._settings = settings
         self._device_name = device_info.name
         self._lab = lab
         self._suggestions = suggestions
         self._advice = advice
+        self._on_trial = on_trial
         self._is_measured = lab is not None and why_no_kernels() is None
         self.tuned: dict[Site, KernelConfig] = {}
         self.refused: set[Site] = set()
@@ -170,10 +173,11 @@ class Refinement:
         num_trials: int,
     ) -> SearchResult:  # fmt: skip
         """Search with a ledger that a killed run's search goes on from; one that is over belongs to the run's files."""
-        given = self._settings
+        given, on_trial = self._settings, self._on_trial
         run = partial(
             search.search, place.space, measure, sampler=given.sampler or "rl", max_trials=num_trials, seed=given.seed,
             knowledge=known, measured_on=key.device, budget_s=budget_s, ledger_key=key,
+            on_trial=None if on_trial is None else lambda trial: on_trial(place.site, trial),
         )  # fmt: skip
         if not given.is_warm:
             with contextlib.suppress(OSError):

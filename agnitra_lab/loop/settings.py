@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
+from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.errors import UsageError
 from agnitra_lab.refine.sampler import SAMPLERS
 
@@ -37,6 +38,7 @@ class Settings:
         is_isolated: compile and time each candidate in a process of its own first, on a copy of the model; only what
             leads there is built here.
         is_explained: profile what was installed too, for the report's times by part of the model.
+        accept: actions of the suggestions to take up; None for all.
         only: name of the one candidate to build; None for all.
         artifacts: folder of the runs.
         command: the line that runs this again, for the record.
@@ -68,6 +70,7 @@ class Settings:
     tuned_folder: Path | None = None
     is_isolated: bool = False
     is_explained: bool = True
+    accept: tuple[str, ...] | None = None
     only: str | None = None
     artifacts: Path | str = "artifacts"
     command: str | None = None
@@ -90,6 +93,9 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}.", hint=f"Expected one of {allowed}.")
+        unknown = [name for name in self.accept or () if name not in ACTIONS]
+        if unknown:
+            raise UsageError(f"accept names {unknown[0]!r}, which is no action.", hint=f"Known: {', '.join(ACTIONS)}.")
         for name in ("budget_s", "timing_s", "llm_deadline_s", "max_trials", "tokens_processed"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)!r}.", hint="Expected a number above 0.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -154,6 +155,23 @@ class ProfilerSession:
             # The user's code is running: a profiler that fails here costs it the rest of the events, and no more.
             self._profiler, self.is_cut = None, True
         self.paused_ns += time.perf_counter_ns() - started_ns
+
+
+def initialise() -> None:
+    """Initialise torch's profiler in the main thread, for sessions that another thread will open. Costs 1 ms.
+
+    Kineto complains on the process's stderr when its first session is not of the thread that imported torch.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    from torch._C._profiler import ProfilerActivity, ProfilerConfig, ProfilerState, _ExperimentalConfig
+
+    config = ProfilerConfig(ProfilerState.KINETO, False, False, False, False, False, _ExperimentalConfig())
+    inner: Any = torch._C._autograd
+    with _quiet_kineto():
+        inner._prepare_profiler(config, {ProfilerActivity.CPU})
+        inner._enable_profiler(config, {ProfilerActivity.CPU})
+        inner._disable_profiler()
 
 
 def _is_capturing() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -214,6 +215,22 @@ class Run:
         for category in sorted(summaries, key=lambda name: name == self.primary):
             self.finish(category, *summaries[category])
         return {category: self.directory(category) for category in summaries}
+
+    def discard(self) -> None:
+        """Take away a run of which nothing is finished, as when another pass replaces it. A finished one stays.
+
+        Raises:
+            RunStoreError: when a directory cannot be removed.
+        """
+        if self._finished:
+            return
+        for path in self._directories.values():
+            try:
+                shutil.rmtree(path)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise store_error(error, path) from error
 
     def _write(self, category: Category, relative_path: str, content: bytes) -> Path:
         self._refuse_finished(category)
