@@ -37,6 +37,11 @@ class Result:
         """Of the kept candidate over eager; 1.0 when the original stays."""
         return self.report.comparison.speedup.median if self._patch else 1.0
 
+    @property
+    def has_dropin(self) -> bool:
+        """Whether something was installed; else `model` is the original."""
+        return self._patch is not None
+
     def rollback(self) -> RollbackProof:
         """Restore the original and prove it: from now on `model` runs the original path.
 

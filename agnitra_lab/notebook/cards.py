@@ -136,6 +136,12 @@ def details(summary: str, *children: Child) -> Html:
     return tag("details", tag("summary", summary, style=_SUMMARY), *children, style="margin:6px 0 0 0")
 
 
+def details_open(summary: str, *children: Child) -> Html:
+    """Content that can be folded away."""
+    heading = f"cursor:pointer;color:{palette.ACCENT};font-size:15px;font-weight:600;padding:0 0 8px 0"
+    return tag("details", tag("summary", summary, style=heading), *children, open=True)
+
+
 def picture(svg: str, alt: str, height: int) -> Html:
     """A picture as wide as its panel.
 

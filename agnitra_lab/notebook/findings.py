@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from agnitra_lab.contracts.kernel import Kernel, Site
-from agnitra_lab.contracts.measurement import Comparison
+from agnitra_lab.contracts.measurement import CandidateResult, Comparison
 from agnitra_lab.contracts.patch import PatchLog, RollbackProof
 from agnitra_lab.contracts.report import Report, StageName
 from agnitra_lab.contracts.search import SearchResult, Trial
@@ -113,9 +113,14 @@ class Findings:
         return self._logs
 
     @property
+    def results(self) -> Sequence[CandidateResult]:
+        """Every candidate with its verdict."""
+        return tuple(self._of("patch", "results") or ())
+
+    @property
     def candidates(self) -> pd.DataFrame:
         """One row per candidate. Columns: `tables.CANDIDATE_COLUMNS`."""
-        return tables.candidate_frame(self._of("patch", "results") or ())
+        return tables.candidate_frame(self.results)
 
     @property
     def comparison(self) -> Comparison | None:
@@ -131,6 +136,11 @@ class Findings:
     def report(self) -> Report | None:
         """Every number of the finished run."""
         return self.result.report if self.result else None
+
+    @property
+    def can_rollback(self) -> bool:
+        """Whether something is installed that was not rolled back."""
+        return self.result is not None and self.result.has_dropin and self.proof is None
 
     @property
     def model(self) -> Callable[..., Any]:

@@ -14,26 +14,29 @@ def rollback_card_html(proof: RollbackProof) -> Html:
     """Render the proof of a rollback as one block of HTML."""
     return cards.block(
         cards.kicker(["rollback"]),
-        cards.title(_sentence(proof), palette.ACCENT if proof.is_restored else palette.WARNING),
-        cards.section(cards.table(cards.Table("What was compared", _COLUMNS, _facts(proof)))),
+        cards.title(rollback_sentence(proof), palette.ACCENT if proof.is_restored else palette.WARNING),
+        cards.section(cards.table(cards.Table("What was compared", _COLUMNS, rollback_facts(proof)))),
     )
 
 
 def rollback_card_text(proof: RollbackProof) -> str:
     """Render the proof of a rollback as plain text."""
-    lines = ["Agnitra Lab rollback", _sentence(proof), ""]
-    lines += [f"{label}: {value}." for label, value in _facts(proof)]
+    lines = ["Agnitra Lab rollback", rollback_sentence(proof), ""]
+    lines += [f"{label}: {value}." for label, value in rollback_facts(proof)]
     return "\n".join(numbers.plain_text(line) for line in lines) + "\n"
 
 
-def _sentence(proof: RollbackProof) -> str:
+def rollback_sentence(proof: RollbackProof) -> str:
+    """Whether the original is back."""
     return (
         "The original is restored, bit for bit." if proof.is_restored
         else f"The original was NOT restored: {proof.detail or 'see below'}."
     )  # fmt: skip
 
 
-def _facts(proof: RollbackProof) -> list[tuple[str, str]]:
+def rollback_facts(proof: RollbackProof) -> list[tuple[str, str]]:
+    """What was compared, and what was found."""
+
     def same(is_equal: bool) -> str:
         return "the same" if is_equal else "DIFFERENT"
 

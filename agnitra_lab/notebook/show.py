@@ -18,7 +18,7 @@ _RESULT = ("agnitra_lab.loop.result", "Result")
 _PROOF = ("agnitra_lab.contracts.patch", "RollbackProof")
 _TELEMETRY = ("agnitra_lab.profiler.telemetry", "Telemetry")
 
-Bundle = dict[str, str]
+Bundle = dict[str, Any]
 
 
 def profile_bundle(record: TelemetryRecord, filed: str | None = None) -> Bundle:
@@ -33,6 +33,13 @@ def report_bundle(report: Report) -> Bundle:
     from agnitra_lab.report.card import card_html, card_text
 
     return {"text/html": card_html(report), "text/plain": card_text(report)}
+
+
+def chart_bundle(report: Report) -> Bundle:
+    """The A/B as a chart that can be explored, with the same as a picture for where nothing runs."""
+    from agnitra_lab.report.figures import report_bundles
+
+    return report_bundles(report, names=("latency",))["latency"]
 
 
 def rollback_bundle(proof: RollbackProof) -> Bundle:
@@ -92,11 +99,32 @@ class Display:
         return profile_bundle(telemetry.record)["text/html"] if self.is_on else None
 
 
-def send(bundle: Bundle) -> None:
-    """Publish one display_data message."""
+def send(
+    bundle: Bundle,
+    *,
+    metadata: Bundle | None = None,
+    display_id: str | None = None,
+    is_update: bool = False,
+) -> None:
+    """Publish one display_data message.
+
+    Args:
+        bundle: mime type -> content.
+        metadata: of the message.
+        display_id: what it can be updated by.
+        is_update: whether it replaces what was shown by that id.
+    """
     from IPython.display import display
 
-    display(bundle, raw=True)
+    extra: dict[str, Any] = {"display_id": display_id, "update": is_update} if display_id is not None else {}
+    display(bundle, raw=True, metadata=metadata, **extra)
+
+
+def has_front_end() -> bool:
+    """Whether a page can show buttons: a kernel answers to one, a terminal does not."""
+    from IPython.core.getipython import get_ipython
+
+    return hasattr(get_ipython(), "kernel")
 
 
 def _bundle_of(value: Any) -> Bundle:

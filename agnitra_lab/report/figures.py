@@ -158,11 +158,13 @@ def to_bundle(figure: Any, static_svg: str, text: str) -> dict[str, Any]:
     return {PLOTLY_MIME: {**plain_figure(figure), "config": CONFIG}, "image/svg+xml": static_svg, "text/plain": text}
 
 
-def report_bundles(report: Report) -> dict[str, dict[str, Any]]:
-    """Name -> mime bundle of every figure that the report has something to show in."""
+def report_bundles(report: Report, *, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Name -> mime bundle of every figure that the report has something to show in, or of those in `names`."""
     report = redacted_report(report)
     bundles = {}
     for name in figure_names(report):
+        if names is not None and name not in names:
+            continue
         draw, draw_static = FIGURES[name]
         figure = draw(report)
         bundles[name] = to_bundle(figure, draw_static(report), f"Chart: {figure.layout.title.text}.")

@@ -1,0 +1,159 @@
+"""The pictures of a workbench: a kernel search as it goes, and the two sides of an A/B as distributions.
+
+As the profile's pictures they are drawn in percent of their width and pixels of their height.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+from agnitra_lab.contracts.measurement import Comparison, Latency
+from agnitra_lab.notebook.profile_pictures import canvas, percent, text
+from agnitra_lab.report import numbers, palette
+
+SEARCH_HEIGHT = 190
+DISTRIBUTION_HEIGHT = 184
+_LEFT, _RIGHT = 11.0, 98.0
+_X_LEFT = 20.0
+_TOP, _BOTTOM = 14.0, 150.0
+_LANE_HEIGHT, _LANE_STEP, _LANE_TOP = 54.0, 72.0, 8.0
+_MAX_CURVES = 3
+_DASHES = ("", "8 5", "2 4")
+# A quarter of the samples may lie within a tenth of their spread: what is denser than this is drawn as high as this.
+_MAX_DENSITY = 3.0
+_SHOWN_QUANTILE = 19
+"""Index of 95% among the 21 quantiles: the slowest calls would squeeze all others into a line."""
+
+Curve = tuple[str, Sequence[float | None]]
+"""Name of a search, and the latency of each trial in ms, None for a failed one."""
+
+
+def search_picture(curves: Sequence[Curve]) -> str:
+    """Draw each search: every trial as a ring, the best so far as a line, on a logarithmic axis."""
+    shown = [(name, values) for name, values in curves[:_MAX_CURVES] if any(values)]
+    measured = [value for _, values in shown for value in values if value]
+    if not measured:
+        return canvas(SEARCH_HEIGHT, text("0", 24, "Nothing measured yet.", "m"))
+    low, high = math.log(min(measured)), math.log(max(measured))
+    span = (high - low) or 1.0
+    num_trials = max(len(values) for _, values in shown)
+
+    def x(index: int) -> float:
+        return _LEFT + (_RIGHT - _LEFT) * (index + 0.5) / num_trials
+
+    def y(value: float) -> float:
+        return _BOTTOM - (_BOTTOM - _TOP) * (math.log(value) - low) / span
+
+    shapes = [_axis(math.exp(low), y), _axis(math.exp(high), y)] if high > low else [_axis(math.exp(low), y)]
+    for index, (_, values) in enumerate(shown):
+        colour = (palette.CANDIDATE, palette.SECONDARY, palette.BASELINE)[index]
+        shapes += [
+            f'<circle cx="{percent(x(at))}" cy="{y(value):.0f}" r="3.5" fill="none" stroke="{palette.MUTED}"/>'
+            for at, value in enumerate(values)
+            if value
+        ]
+        shapes += _best_so_far(values, x, y, colour, _DASHES[index])
+    last = num_trials - 1
+    shapes += [text(percent(x(0)), SEARCH_HEIGHT - 20, "trial 1", "m i")]
+    shapes += [text(percent(x(last)), SEARCH_HEIGHT - 20, f"{num_trials}", "m i")] if last else []
+    shapes.append(text(percent(_LEFT), SEARCH_HEIGHT - 3, "ring: one config; line: the best so far", "m"))
+    return canvas(SEARCH_HEIGHT, "".join(shapes))
+
+
+def distribution_picture(comparison: Comparison) -> str:
+    """Draw baseline (hatched) above candidate (solid): the shape is the density of the samples, the line the median."""
+    sides = (
+        (comparison.baseline, comparison.baseline_latency, "url(#h)"),
+        (comparison.candidate, comparison.candidate_latency, palette.CANDIDATE),
+    )
+    shown = [_quantiles(latency) for _, latency, _ in sides]
+    low, high = min(values[0] for values in shown), max(values[-1] for values in shown)
+    span = (high - low) or 1.0
+    densest = _usual_density(shown, span)
+    shapes = []
+    for lane, ((name, latency, fill), values) in enumerate(zip(sides, shown, strict=True)):
+        bottom = _LANE_TOP + _LANE_STEP * lane + _LANE_HEIGHT
+        shapes += _lane(values, low, span, densest, bottom, fill)
+        at = percent(_x(latency.latency_ms_p50, low, span))
+        shapes.append(
+            f'<line x1="{at}" x2="{at}" y1="{bottom - _LANE_HEIGHT - 4:.0f}" y2="{bottom + 4:.0f}" '
+            f'stroke="{palette.TEXT}" stroke-width="2"/>'
+        )
+        shapes.append(text("0", bottom - 30, numbers.shortened(numbers.plain_text(name), 22)))
+        shapes.append(text("0", bottom - 12, numbers.milliseconds(latency.latency_ms_p50), "m"))
+    foot = DISTRIBUTION_HEIGHT - 22
+    for value, classes in ((low, "m"), ((low + high) / 2, "m i"), (high, "m e")):
+        shapes.append(text(percent(_x(value, low, span)), foot, numbers.milliseconds(value), classes))
+    shapes.append(text(percent(_X_LEFT), foot + 18, "line: median; up to the 95th percentile", "m"))
+    hatch = (
+        '<pattern id="h" width="7" height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        f'<rect width="7" height="7" fill="{palette.PANEL}"/><rect width="4" height="7" fill="{palette.BASELINE}"/>'
+        "</pattern>"
+    )
+    return canvas(DISTRIBUTION_HEIGHT, "".join(shapes), defs=hatch)
+
+
+def _x(value: float, low: float, span: float) -> float:
+    return _X_LEFT + (_RIGHT - _X_LEFT) * (value - low) / span
+
+
+def _quantiles(latency: Latency) -> list[float]:
+    """Quantiles up to 95%; of an older record the three that it has."""
+    if len(latency.latency_ms_quantiles) > _SHOWN_QUANTILE:
+        return list(latency.latency_ms_quantiles[: _SHOWN_QUANTILE + 1])
+    return [latency.latency_ms_p20, latency.latency_ms_p50, latency.latency_ms_p80]
+
+
+def _usual_density(sides: Sequence[Sequence[float]], span: float) -> float:
+    gaps = (after - before for values in sides for before, after in itertools.pairwise(values))
+    widths = sorted(max(gap, span / 400) for gap in gaps)
+    return _MAX_DENSITY / (widths[len(widths) // 2] or 1.0)
+
+
+def _lane(values: Sequence[float], low: float, span: float, densest: float, bottom: float, fill: str) -> list[str]:
+    """Between two neighbouring quantiles lie equally many samples: the closer they are, the higher the bar."""
+    shapes = []
+    for before, after in itertools.pairwise(values):
+        height = max(2.0, _LANE_HEIGHT * min(1.0, 1.0 / max(after - before, span / 400) / densest))
+        left, width = _x(before, low, span), max(0.25, (_RIGHT - _X_LEFT) * (after - before) / span)
+        shapes.append(
+            f'<rect x="{percent(left)}" y="{bottom - height:.0f}" width="{percent(width)}" height="{height:.0f}" '
+            f'fill="{fill}"/>'
+        )
+    shapes.append(
+        f'<line x1="{percent(_X_LEFT)}" x2="{percent(_RIGHT)}" y1="{bottom:.0f}" y2="{bottom:.0f}" '
+        f'stroke="{palette.EDGE}"/>'
+    )
+    return shapes
+
+
+def _axis(value: float, y: Callable[[float], float]) -> str:
+    at = y(value)
+    return (
+        text("0", at + 4, numbers.milliseconds(value), "m")
+        + f'<line x1="{percent(_LEFT)}" x2="{percent(_RIGHT)}" y1="{at:.0f}" y2="{at:.0f}" stroke="{palette.GRID}"/>'
+    )
+
+
+def _best_so_far(
+    values: Sequence[float | None], x: Callable[[int], float], y: Callable[[float], float], colour: str, dash: str
+) -> list[str]:
+    best: float | None = None
+    shapes: list[str] = []
+    before: tuple[float, float] | None = None
+    style = f'stroke="{colour}" stroke-width="3"' + (f' stroke-dasharray="{dash}"' if dash else "")
+    for index, value in enumerate(values):
+        if value and (best is None or value < best):
+            best = value
+        if best is None:
+            continue
+        here = (x(index), y(best))
+        if before is not None:
+            left, right = percent(before[0]), percent(here[0])
+            shapes.append(f'<line x1="{left}" x2="{right}" y1="{before[1]:.0f}" y2="{before[1]:.0f}" {style}/>')
+            if here[1] != before[1]:
+                shapes.append(f'<line x1="{right}" x2="{right}" y1="{before[1]:.0f}" y2="{here[1]:.0f}" {style}/>')
+        before = here
+    return shapes
