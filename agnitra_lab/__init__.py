@@ -7,7 +7,8 @@
     telemetry = agnitra_lab.profile(lambda: model(x))  # what burns the time, as frames and as JSON
     comparison = agnitra_lab.compare(model, candidate, inputs)  # is it really faster, and still right
 
-In a notebook: `%load_ext agnitra_lab`, then `%%agnitra_profile` on a cell and `%agnitra_optimize model inputs`.
+In a notebook: `%load_ext agnitra_lab`, then `%%agnitra_profile` on a cell, `%agnitra_optimize model inputs`, or
+`Workbench(model, inputs)` to go step by step.
 In a shell: `agnitra demo`, `agnitra profile TARGET`, `agnitra optimize TARGET`.
 """
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from agnitra_lab.errors import AgnitraError
     from agnitra_lab.loop import Optimization, Result, Settings, compare, optimize, profile
     from agnitra_lab.notebook import load_ipython_extension, unload_ipython_extension
+    from agnitra_lab.notebook.workbench import Workbench
 
 # Public name -> defining module. Resolved on first use, so that importing the package loads neither torch nor plotly.
 _PUBLIC = {
@@ -32,6 +34,7 @@ _PUBLIC = {
     "Optimization": "agnitra_lab.loop",
     "Result": "agnitra_lab.loop",
     "Settings": "agnitra_lab.loop",
+    "Workbench": "agnitra_lab.notebook.workbench",
     "Workload": "agnitra_lab.contracts.workload",
     "AgnitraError": "agnitra_lab.errors",
     "load_ipython_extension": "agnitra_lab.notebook",
@@ -43,6 +46,7 @@ __all__ = [
     "Optimization",
     "Result",
     "Settings",
+    "Workbench",
     "Workload",
     "compare",
     "load_ipython_extension",

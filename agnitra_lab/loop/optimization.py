@@ -226,7 +226,7 @@ class Optimization:
         ours = [patch.log() for name, patch in self.patches.items() if name.startswith("agnitra")]
         changes = f"{max((len(log.descriptors) for log in ours), default=0)} graph changes"
         num_built = sum(result.status in ("kept", "rejected") for result in self.results)
-        self._checkpoint("patch", f"{num_built} candidates compiled, {changes}", started)
+        self._checkpoint("patch", f"{num_built} candidate{'s' * (num_built != 1)} compiled, {changes}", started)
         return self.patches
 
     def benchmark(self) -> list[CandidateResult]:

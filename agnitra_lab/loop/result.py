@@ -22,12 +22,14 @@ class Result:
         model: the drop-in; the original itself when nothing was faster.
         report: every number of the run.
         telemetry: the profile, as frames and as JSON.
+        artifacts: folder of the runs.
     """
 
     def __init__(self, report: Report, run: Run, telemetry: Telemetry, workload: Workload, patch: Patch | None) -> None:
         self.report = report
         self.telemetry = telemetry
         self.model: Callable[..., Any] = patch.model if patch else workload.model
+        self.artifacts = run.root
         self.card_path = run.directory("reports") / "report.html"
         self.json_path = run.directory("reports") / "report.json"
         self._patch = patch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,23 @@ def two_expressions(code: Sequence[str]) -> tuple[str, str | None]:
     raise UsageError(
         f"Expected a model and its inputs, {given}.",
         hint="Write: %agnitra_optimize model inputs. Put an expression that holds spaces in parentheses.",
+    )
+
+
+def three_expressions(code: Sequence[str]) -> tuple[str, str, str | None]:
+    """Tell the baseline's expression from the candidate's and from that of their inputs.
+
+    Raises:
+        UsageError: when no cut gives valid Python.
+    """
+    for cut in range(1, len(code)):
+        first = " ".join(code[:cut])
+        if _is_expression(first) or _is_target(first):
+            with contextlib.suppress(UsageError):
+                return first, *two_expressions(code[cut:])
+    raise UsageError(
+        f"Expected a baseline, a candidate and their inputs, got {' '.join(code)!r}.",
+        hint="Write: %agnitra_compare model candidate inputs, or the ids of two runs.",
     )
 
 

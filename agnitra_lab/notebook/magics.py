@@ -1,4 +1,5 @@
-"""The magics: %%agnitra_profile, %agnitra_optimize, %agnitra_report, %agnitra_rollback, %agnitra_runs.
+"""The magics: %%agnitra_profile, %agnitra_optimize, %agnitra_workbench, %agnitra_compare, %agnitra_report,
+%agnitra_rollback, %agnitra_runs, and the switch %agnitra_display.
 
 Each reads its line, calls the loop, shows a card, and leaves its result in the user's namespace.
 """
@@ -15,7 +16,7 @@ from agnitra_lab.contracts.report import Checkpoint
 from agnitra_lab.errors import UsageError
 from agnitra_lab.notebook import arguments, completion
 from agnitra_lab.notebook.failures import one_line
-from agnitra_lab.notebook.show import Display, report_bundle, send
+from agnitra_lab.notebook.show import Display, send_report
 from agnitra_lab.redact import redact_text
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 TELEMETRY_NAME = "agnitra_telemetry"
 RESULT_NAME = "agnitra_result"
+WORKBENCH_NAME = "agnitra_workbench"
 ARTIFACTS = "artifacts"
 MAX_EVENTS = 2_000_000
 
@@ -101,11 +103,7 @@ class AgnitraMagics(Magics):
         `agnitra_result` as well.
         """
         with one_line():
-            code, options = arguments.split_options(arguments.pieces_of(line))
-            given = arguments.parse(self.agnitra_optimize.parser, options, "%agnitra_optimize")
-            model_code, inputs_code = arguments.two_expressions(code)
-            model = arguments.model_of(self.shell, model_code)
-            inputs = arguments.value_of(self.shell, inputs_code) if inputs_code is not None else None
+            model, inputs, given = self._model_and_options("agnitra_optimize", line)
             from agnitra_lab.loop import optimize
 
             result = optimize(
@@ -124,6 +122,79 @@ class AgnitraMagics(Magics):
         self.display.card_of(result)
         return result
 
+    @no_var_expand
+    @output_can_be_silenced
+    @magic_arguments()
+    @argument("expressions", nargs="*", help="MODEL INPUTS as Python expressions, a Workload, or a TARGET.")
+    @argument("--name", help="What the artifacts call the model.")
+    @argument("--suggest", choices=("auto", "llm", "preset"), default="auto", help="Where suggestions come from.")
+    @argument("--sampler", choices=("rl", "random", "none"), default="rl", help="How kernel configs are searched.")
+    @argument("--budget", type=float, default=300.0, help="Seconds for compiling candidates.")
+    @argument("--timing", type=float, default=4.0, help="Seconds of interleaved timing a candidate.")
+    @argument("--deadline", type=float, default=1800.0, help="Seconds after which a step is cancelled.")
+    @argument("--artifacts", default=ARTIFACTS, help="Folder of the runs.")
+    @line_magic
+    def agnitra_workbench(self, line: str) -> Any:
+        """Step through the loop: seven steps with buttons, options and what each of them found.
+
+        Nothing runs before a button is pressed, or a method called: the workbench is in `agnitra_workbench`, with
+        run_next(), run_all(), redo(), cancel() and rollback().
+        """
+        with one_line():
+            model, inputs, given = self._model_and_options("agnitra_workbench", line)
+            from agnitra_lab.notebook.workbench import Workbench
+
+            made = Workbench(
+                model,
+                inputs,
+                name=given.name,
+                deadline_s=given.deadline,
+                suggest=given.suggest,
+                sampler=None if given.sampler == "none" else given.sampler,
+                budget_s=given.budget,
+                timing_s=given.timing,
+                artifacts=given.artifacts,
+                command=f"%agnitra_workbench {line}".strip(),
+            )
+        self.shell.user_ns[WORKBENCH_NAME] = made
+        self.display.card_of(made)
+        return made
+
+    @no_var_expand
+    @output_can_be_silenced
+    @magic_arguments()
+    @argument("expressions", nargs="*", help="BASELINE CANDIDATE INPUTS as Python expressions, or RUN RUN.")
+    @argument("--name", help="What the card calls the workload.")
+    @argument("--budget", type=float, default=6.0, help="Seconds of interleaved timing.")
+    @argument("--artifacts", default=ARTIFACTS, help="Folder of the runs.")
+    @line_magic
+    def agnitra_compare(self, line: str) -> Any:
+        """Compare two callables on the same inputs, or two runs: is it really faster, and still right?
+
+        `%agnitra_compare model candidate inputs` times them interleaved and checks the outputs; `%agnitra_compare RUN
+        RUN` holds the figures of two finished runs against each other, the known-good one first.
+        """
+        from agnitra_lab.notebook import comparing
+
+        with one_line():
+            code, options = arguments.split_options(arguments.pieces_of(line))
+            given = arguments.parse(self.agnitra_compare.parser, options, "%agnitra_compare")
+            if len(code) == 2 and all(map(comparing.is_run, code)):
+                found: Any = comparing.two_runs(given.artifacts, *code)
+            else:
+                baseline, candidate, inputs = arguments.three_expressions(code)
+                from agnitra_lab.loop import compare
+
+                found = compare(
+                    arguments.model_of(self.shell, baseline),
+                    arguments.value_of(self.shell, candidate),
+                    arguments.value_of(self.shell, inputs) if inputs is not None else None,
+                    name=given.name,
+                    budget_s=given.budget,
+                )
+        self.display.card_of(found)
+        return found
+
     @magic_arguments()
     @argument("run_id", nargs="?", help="Id of a finished run; by default the newest.")
     @argument("--artifacts", default=ARTIFACTS, help="Folder of the runs.")
@@ -134,7 +205,7 @@ class AgnitraMagics(Magics):
 
         with one_line():
             given = self._options("agnitra_report", line)
-            send(report_bundle(find_report(given.artifacts, given.run_id)[1]))
+            send_report(find_report(given.artifacts, given.run_id)[1], given.artifacts, self.display.has_controls)
 
     @output_can_be_silenced
     @magic_arguments()
@@ -180,14 +251,19 @@ class AgnitraMagics(Magics):
 
     @line_magic
     def agnitra_display(self, line: str) -> None:
-        """Turn cards that show themselves `on` or `off`; %agnitra_report shows one in either case."""
+        """Turn cards that show themselves `on` or `off`, or on without buttons: `static`, for pages to be published.
+
+        %agnitra_report shows a card in either case.
+        """
         with one_line():
-            state = line.strip().lower()
-            if state not in ("on", "off"):
-                raise UsageError(
-                    f"%agnitra_display takes on or off, got {state!r}.", hint="Write: %agnitra_display off"
-                )
-            self.display.is_on = state == "on"
+            self.display.switch(line.strip().lower())
+
+    def _model_and_options(self, name: str, line: str) -> tuple[Any, Any, Any]:
+        code, options = arguments.split_options(arguments.pieces_of(line))
+        given = arguments.parse(getattr(self, name).parser, options, f"%{name}")
+        model_code, inputs_code = arguments.two_expressions(code)
+        model = arguments.model_of(self.shell, model_code)
+        return model, arguments.value_of(self.shell, inputs_code) if inputs_code is not None else None, given
 
     def _options(self, name: str, line: str, *, prefix: str = "%") -> Any:
         return arguments.parse(getattr(self, name).parser, arguments.pieces_of(line), f"{prefix}{name}")

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from agnitra_lab.errors import UsageError
+from agnitra_lab.redact import redact_text
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from agnitra_lab.contracts.measurement import Comparison
     from agnitra_lab.contracts.patch import RollbackProof
     from agnitra_lab.contracts.report import Report
     from agnitra_lab.contracts.telemetry import TelemetryRecord
+    from agnitra_lab.notebook.artifact_files import ArtifactFile
+    from agnitra_lab.notebook.widget import Controls
+    from agnitra_lab.runs.regressions import Regressions
 
 SWITCH = "AGNITRA_DISPLAY"
 # Whole objects by their classes' addresses, so that registering them imports nothing.
 _RESULT = ("agnitra_lab.loop.result", "Result")
+_WORKBENCH = ("agnitra_lab.notebook.workbench", "Workbench")
+_COMPARISON = ("agnitra_lab.contracts.measurement", "Comparison")
+_REGRESSIONS = ("agnitra_lab.runs.regressions", "Regressions")
 _PROOF = ("agnitra_lab.contracts.patch", "RollbackProof")
 _TELEMETRY = ("agnitra_lab.profiler.telemetry", "Telemetry")
+
+_VALUES = (_RESULT, _PROOF, _WORKBENCH, _COMPARISON, _REGRESSIONS)
 
 Bundle = dict[str, Any]
 
@@ -28,18 +42,39 @@ def profile_bundle(record: TelemetryRecord, filed: str | None = None) -> Bundle:
     return {"text/html": profile_card_html(record, filed), "text/plain": profile_card_text(record, filed)}
 
 
-def report_bundle(report: Report) -> Bundle:
+def report_bundle(report: Report, files: Sequence[ArtifactFile] = ()) -> Bundle:
     """The report card as one mime bundle."""
     from agnitra_lab.report.card import card_html, card_text
 
-    return {"text/html": card_html(report), "text/plain": card_text(report)}
+    listed = [(file.name, redact_text(str(file.path)), file.size_bytes, file.sha256) for file in files]
+    return {"text/html": card_html(report, listed), "text/plain": card_text(report, listed)}
+
+
+def send_report(report: Report, artifacts: Path | str, has_controls: bool) -> None:
+    """Show a finished run: its card, its chart, and buttons for its files where a page can have them."""
+    from agnitra_lab.notebook.artifact_files import RunFiles
+
+    files = RunFiles(Path(artifacts), report.workload, report.run_id)
+    send(report_bundle(report, files.all()))
+    send(chart_bundle(report))
+    if has_controls and has_front_end() and files.all():
+        from agnitra_lab.notebook.file_buttons import controls_of_run
+
+        send_controls(controls_of_run(files, report.run_id), "Copy and Download")
+
+
+def send_controls(controls: Controls, what: str) -> None:
+    """Show buttons, with a line for where they cannot be."""
+    data, metadata = controls.mime_bundle()
+    fallback = f"{what}: run this cell in a live notebook to have the buttons."
+    send({**data, "text/plain": fallback, "text/html": f"<p>{fallback}</p>"}, metadata=metadata)
 
 
 def chart_bundle(report: Report) -> Bundle:
     """The A/B as a chart that can be explored, with the same as a picture for where nothing runs."""
-    from agnitra_lab.report.figures import report_bundles
+    from agnitra_lab.report.figures import small_latency_bundle
 
-    return report_bundles(report, names=("latency",))["latency"]
+    return small_latency_bundle(report)
 
 
 def rollback_bundle(proof: RollbackProof) -> Bundle:
@@ -54,26 +89,41 @@ class Display:
 
     Attributes:
         is_on: whether cards are shown without being asked for; the environment's AGNITRA_DISPLAY=off turns it off.
+        has_controls: whether buttons come with them; AGNITRA_DISPLAY=static leaves them out, for pages to be published.
     """
 
     def __init__(self, shell: InteractiveShell) -> None:
-        self.is_on = os.environ.get(SWITCH, "on").strip().lower() not in ("off", "0", "false", "no")
+        wanted = os.environ.get(SWITCH, "on").strip().lower()
+        self.is_on = wanted not in ("off", "0", "false", "no")
+        self.has_controls = wanted != "static"
         self._shell = shell
         self._shown: tuple[int, int] | None = None
 
     def register(self) -> None:
         """Tell IPython how results, proofs and telemetry are displayed."""
         formatter: Any = self._shell.display_formatter
-        for address in (_RESULT, _PROOF):
+        for address in _VALUES:
             formatter.ipython_display_formatter.for_type_by_name(*address, self._show_value)
         formatter.formatters["text/html"].for_type_by_name(*_TELEMETRY, self._telemetry_html)
 
     def unregister(self) -> None:
         """Take the formatters away again."""
         formatter: Any = self._shell.display_formatter
-        for address in (_RESULT, _PROOF):
+        for address in _VALUES:
             formatter.ipython_display_formatter.pop(".".join(address), None)
         formatter.formatters["text/html"].pop(".".join(_TELEMETRY), None)
+
+    def switch(self, state: str) -> None:
+        """Turn cards on, off, or on without buttons.
+
+        Raises:
+            UsageError: another word.
+        """
+        if state not in ("on", "off", "static"):
+            raise UsageError(
+                f"%agnitra_display takes on or off (or static), got {state!r}.", hint="Write: %agnitra_display off"
+            )
+        self.is_on, self.has_controls = state != "off", state != "static"
 
     def card(self, bundle: Bundle) -> None:
         """Send one card, when cards are on."""
@@ -81,10 +131,21 @@ class Display:
             send(bundle)
 
     def card_of(self, value: Any) -> None:
-        """Send the card of a result or proof, when cards are on, and remember that this cell has shown it."""
+        """Send what a value looks like, when cards are on, and remember that this cell has shown it."""
         if self.is_on:
-            send(_bundle_of(value))
+            self._send_value(value)
             self._shown = self._key(value)
+
+    def _send_value(self, value: Any) -> None:
+        kind = type(value).__name__
+        if kind == "Workbench":
+            from agnitra_lab.notebook.workbench_view import show
+
+            show(value, has_controls=self.has_controls)
+        elif kind == "Result":
+            send_report(value.report, value.artifacts, self.has_controls)
+        else:
+            send(_BUNDLES[kind](value))
 
     def _show_value(self, value: Any) -> None:
         if not self.is_on:
@@ -127,5 +188,22 @@ def has_front_end() -> bool:
     return hasattr(get_ipython(), "kernel")
 
 
-def _bundle_of(value: Any) -> Bundle:
-    return report_bundle(value.report) if hasattr(value, "report") else rollback_bundle(value)
+def comparison_bundle(comparison: Comparison) -> Bundle:
+    """The card of an A/B as one mime bundle."""
+    from agnitra_lab.notebook.comparing import comparison_card_html, comparison_card_text
+
+    return {"text/html": comparison_card_html(comparison), "text/plain": comparison_card_text(comparison)}
+
+
+def regressions_bundle(found: Regressions) -> Bundle:
+    """The card of two runs side by side as one mime bundle."""
+    from agnitra_lab.notebook.comparing import runs_card_html, runs_card_text
+
+    return {"text/html": runs_card_html(found), "text/plain": runs_card_text(found)}
+
+
+_BUNDLES: dict[str, Callable[[Any], Bundle]] = {
+    "RollbackProof": rollback_bundle,
+    "Comparison": comparison_bundle,
+    "Regressions": regressions_bundle,
+}

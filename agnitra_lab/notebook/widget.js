@@ -5,7 +5,7 @@ const ANSWER_MS = 4000;
 const CSS = `
 .agn{--bg:#0B1220;--panel:#111A2E;--fg:#E6F1FF;--dim:#9FB3C8;--on:#2EE6D6;--warn:#FFD166;--edge:#5B7499;
 background:var(--bg);color:var(--fg);font:14px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;
-padding:18px 28px;border-radius:14px;max-width:1040px;box-sizing:border-box}
+padding:18px 28px;border-radius:14px;max-width:1040px;box-sizing:border-box;margin:0 20px 6px 0}
 .agn *{box-sizing:border-box}
 .agn h2{font-size:15px;font-weight:600;margin:0 0 10px;color:var(--fg)}
 .agn h2 b{color:var(--on)}
@@ -39,6 +39,8 @@ font-size:12px;color:var(--dim);display:flex;flex-direction:column;gap:1px}
 .agn textarea{width:100%;height:120px;background:var(--panel);color:var(--fg);border:1px solid var(--edge);
 font:12px ui-monospace,Menlo,Consolas,monospace}
 .agn [hidden]{display:none!important}
+/* Notebook 7 puts long outputs into a low box of their own: seven steps do not fit. */
+.jp-mod-outputsScrolled .jp-Cell-outputArea:has(.agn-steps){max-height:none;overflow:visible}
 @media (max-width:820px){.agn ol{grid-template-columns:repeat(auto-fill,minmax(120px,1fr))}}`;
 
 function el(tag, props = {}, ...children) {
@@ -97,7 +99,7 @@ function render({ model, el: root }) {
   const line = el("span", { className: "line" });
   const steps = el("ol");
   const said = el("output", { "aria-live": "polite" });
-  const stepper = el("div", {}, el("div", { className: "row" }, next, all, cancel, back),
+  const stepper = el("div", { className: "agn-steps" }, el("div", { className: "row" }, next, all, cancel, back),
     el("div", { className: "row" }, bar, line), said, steps);
   const cells = new Map();
 
@@ -113,6 +115,8 @@ function render({ model, el: root }) {
       named("Budget, s", budget), named("Timing, s", timing)), accepted);
 
   const file = el("select", { "aria-label": "File" });
+  let chosen_file = false;
+  file.addEventListener("change", () => { chosen_file = true; });
   const copy = button("Copy", () => fetch_file("copy"));
   const download = button("Download", () => fetch_file("download"));
   const copied = el("output", { "aria-live": "polite" });
@@ -199,7 +203,7 @@ function render({ model, el: root }) {
     why.hidden = !state.problem;
     set(why, state.problem || "");
     const names = (state.files || []).map((each) => each.name);
-    const kept = names.includes(file.value) ? file.value : names[0];
+    const kept = chosen_file && names.includes(file.value) ? file.value : names[0];
     fill(file, names, kept);
     files.hidden = !names.length;
     const spoken = state.announcement || {};

@@ -19,7 +19,7 @@ from agnitra_lab.report.html import Child, Html, tag
 
 _COLUMNS = (Column("Step", 15), Column("State", 19), Column("Time", 10, is_number=True), Column("What it found", 56))
 _COLOURS: dict[Status, str] = {"failed": palette.WARNING, "cancelled": palette.WARNING, "running": palette.ACCENT}
-_MAX_FILES = 8
+_MAX_FILES = 5
 _KERNEL_GONE = (
     "This card needs no kernel. The buttons do: where they are gone or do nothing, run the cell again; "
     "%agnitra_report {run_id} shows the finished run again."
@@ -67,7 +67,7 @@ def files_table(files: Sequence[ArtifactFile]) -> Html:
     """The run's JSON files: links for front ends that open files, paths, sizes and sums for all."""
     columns = (Column("File", 24), Column("On disk", 46), Column("Bytes", 12, is_number=True), Column("sha256", 18))
     rows: list[tuple[Child, ...]] = [
-        (file.name, _link(redact_text(str(file.path))), f"{file.size_bytes:,}", file.sha256[:16])
+        (file.name, _link(redact_text(str(file.path))), f"{file.size_bytes:,}", file.sha256[:12])
         for file in files[:_MAX_FILES]
     ]
     return cards.table(Table("JSON artifacts", columns, rows))

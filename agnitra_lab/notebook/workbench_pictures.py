@@ -31,7 +31,7 @@ Curve = tuple[str, Sequence[float | None]]
 
 
 def search_picture(curves: Sequence[Curve]) -> str:
-    """Draw each search: every trial as a ring, the best so far as a line, on a logarithmic axis."""
+    """Draw each search: every trial as a dot, the best so far as a line, on a logarithmic axis."""
     shown = [(name, values) for name, values in curves[:_MAX_CURVES] if any(values)]
     measured = [value for _, values in shown for value in values if value]
     if not measured:
@@ -49,33 +49,31 @@ def search_picture(curves: Sequence[Curve]) -> str:
     shapes = [_axis(math.exp(low), y), _axis(math.exp(high), y)] if high > low else [_axis(math.exp(low), y)]
     for index, (_, values) in enumerate(shown):
         colour = (palette.CANDIDATE, palette.SECONDARY, palette.BASELINE)[index]
-        shapes += [
-            f'<circle cx="{percent(x(at))}" cy="{y(value):.0f}" r="3.5" fill="none" stroke="{palette.MUTED}"/>'
-            for at, value in enumerate(values)
-            if value
-        ]
-        shapes += _best_so_far(values, x, y, colour, _DASHES[index])
+        dots = "".join(f"M{x(at):.2f} {y(value):.0f}h0" for at, value in enumerate(values) if value)
+        shapes.append(_stretched(dots, SEARCH_HEIGHT, palette.MUTED, 7, ' stroke-linecap="round"'))
+        dash = f' stroke-dasharray="{_DASHES[index]}"' if _DASHES[index] else ""
+        shapes.append(_stretched(_best_so_far(values, x, y), SEARCH_HEIGHT, colour, 3, dash))
     last = num_trials - 1
     shapes += [text(percent(x(0)), SEARCH_HEIGHT - 20, "trial 1", "m i")]
     shapes += [text(percent(x(last)), SEARCH_HEIGHT - 20, f"{num_trials}", "m i")] if last else []
-    shapes.append(text(percent(_LEFT), SEARCH_HEIGHT - 3, "ring: one config; line: the best so far", "m"))
+    shapes.append(text(percent(_LEFT), SEARCH_HEIGHT - 3, "dot: one config; line: the best so far", "m"))
     return canvas(SEARCH_HEIGHT, "".join(shapes))
 
 
 def distribution_picture(comparison: Comparison) -> str:
-    """Draw baseline (hatched) above candidate (solid): the shape is the density of the samples, the line the median."""
+    """Draw baseline (striped) above candidate (solid): the shape is the density of the samples, the line the median."""
     sides = (
-        (comparison.baseline, comparison.baseline_latency, "url(#h)"),
-        (comparison.candidate, comparison.candidate_latency, palette.CANDIDATE),
+        (comparison.baseline, comparison.baseline_latency, "url(#h)", palette.BASELINE),
+        (comparison.candidate, comparison.candidate_latency, palette.CANDIDATE, palette.CANDIDATE),
     )
-    shown = [_quantiles(latency) for _, latency, _ in sides]
+    shown = [_quantiles(latency) for _, latency, _, _ in sides]
     low, high = min(values[0] for values in shown), max(values[-1] for values in shown)
     span = (high - low) or 1.0
     densest = _usual_density(shown, span)
     shapes = []
-    for lane, ((name, latency, fill), values) in enumerate(zip(sides, shown, strict=True)):
+    for lane, ((name, latency, fill, edge), values) in enumerate(zip(sides, shown, strict=True)):
         bottom = _LANE_TOP + _LANE_STEP * lane + _LANE_HEIGHT
-        shapes += _lane(values, low, span, densest, bottom, fill)
+        shapes += _lane(values, low, span, densest, bottom, fill, edge)
         at = percent(_x(latency.latency_ms_p50, low, span))
         shapes.append(
             f'<line x1="{at}" x2="{at}" y1="{bottom - _LANE_HEIGHT - 4:.0f}" y2="{bottom + 4:.0f}" '
@@ -88,8 +86,9 @@ def distribution_picture(comparison: Comparison) -> str:
         shapes.append(text(percent(_x(value, low, span)), foot, numbers.milliseconds(value), classes))
     shapes.append(text(percent(_X_LEFT), foot + 18, "line: median; up to the 95th percentile", "m"))
     hatch = (
-        '<pattern id="h" width="7" height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-        f'<rect width="7" height="7" fill="{palette.PANEL}"/><rect width="4" height="7" fill="{palette.BASELINE}"/>'
+        # In the lane's own space, where a unit of x is a percent of the width: only lying stripes stay what they are.
+        '<pattern id="h" width="9" height="7" patternUnits="userSpaceOnUse">'
+        f'<rect width="9" height="7" fill="{palette.PANEL}"/><rect width="9" height="4" fill="{palette.BASELINE}"/>'
         "</pattern>"
     )
     return canvas(DISTRIBUTION_HEIGHT, "".join(shapes), defs=hatch)
@@ -112,16 +111,20 @@ def _usual_density(sides: Sequence[Sequence[float]], span: float) -> float:
     return _MAX_DENSITY / (widths[len(widths) // 2] or 1.0)
 
 
-def _lane(values: Sequence[float], low: float, span: float, densest: float, bottom: float, fill: str) -> list[str]:
+def _lane(
+    values: Sequence[float], low: float, span: float, densest: float, bottom: float, fill: str, edge: str
+) -> list[str]:
     """Between two neighbouring quantiles lie equally many samples: the closer they are, the higher the bar."""
-    shapes = []
+    outline = ""
     for before, after in itertools.pairwise(values):
         height = max(2.0, _LANE_HEIGHT * min(1.0, 1.0 / max(after - before, span / 400) / densest))
         left, width = _x(before, low, span), max(0.25, (_RIGHT - _X_LEFT) * (after - before) / span)
-        shapes.append(
-            f'<rect x="{percent(left)}" y="{bottom - height:.0f}" width="{percent(width)}" height="{height:.0f}" '
-            f'fill="{fill}"/>'
-        )
+        outline += f"M{left:.2f} {bottom:.0f}v{-height:.0f}h{width:.2f}V{bottom:.0f}z"
+    shapes = [
+        f'<svg width="100%" height="{DISTRIBUTION_HEIGHT}" viewBox="0 0 100 {DISTRIBUTION_HEIGHT}" '
+        f'preserveAspectRatio="none"><path d="{outline}" fill="{fill}" stroke="{edge}" '
+        'vector-effect="non-scaling-stroke"/></svg>'
+    ]
     shapes.append(
         f'<line x1="{percent(_X_LEFT)}" x2="{percent(_RIGHT)}" y1="{bottom:.0f}" y2="{bottom:.0f}" '
         f'stroke="{palette.EDGE}"/>'
@@ -137,23 +140,21 @@ def _axis(value: float, y: Callable[[float], float]) -> str:
     )
 
 
-def _best_so_far(
-    values: Sequence[float | None], x: Callable[[int], float], y: Callable[[float], float], colour: str, dash: str
-) -> list[str]:
+def _best_so_far(values: Sequence[float | None], x: Callable[[int], float], y: Callable[[float], float]) -> str:
+    """The path of the best so far, from trial to trial."""
     best: float | None = None
-    shapes: list[str] = []
-    before: tuple[float, float] | None = None
-    style = f'stroke="{colour}" stroke-width="3"' + (f' stroke-dasharray="{dash}"' if dash else "")
+    path = ""
     for index, value in enumerate(values):
         if value and (best is None or value < best):
+            path += f"M{x(index):.2f} {y(value):.0f}" if best is None else f"H{x(index):.2f}V{y(value):.0f}"
             best = value
-        if best is None:
-            continue
-        here = (x(index), y(best))
-        if before is not None:
-            left, right = percent(before[0]), percent(here[0])
-            shapes.append(f'<line x1="{left}" x2="{right}" y1="{before[1]:.0f}" y2="{before[1]:.0f}" {style}/>')
-            if here[1] != before[1]:
-                shapes.append(f'<line x1="{right}" x2="{right}" y1="{before[1]:.0f}" y2="{here[1]:.0f}" {style}/>')
-        before = here
-    return shapes
+    return f"{path}H{x(len(values) - 1):.2f}"
+
+
+def _stretched(path: str, height: int, colour: str, width: int, more: str) -> str:
+    """A path with x in percent of the picture and y in its pixels; the stroke keeps its width."""
+    return (
+        f'<svg width="100%" height="{height}" viewBox="0 0 100 {height}" preserveAspectRatio="none">'
+        f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width}"{more} '
+        'vector-effect="non-scaling-stroke"/></svg>'
+    )

@@ -16,9 +16,9 @@ from agnitra_lab.notebook.workbench_pictures import Curve
 from agnitra_lab.report import metrics, numbers, palette, sections
 from agnitra_lab.report.html import Html, join, tag
 
-_MAX_SUGGESTIONS, _MAX_RATIONALE = 10, 200
-_MAX_SEARCHES, _MAX_SOURCES, _MAX_SOURCE_LENGTH = 6, 2, 5_000
-_MAX_DESCRIPTORS, _MAX_CANDIDATES = 8, 8
+_MAX_SUGGESTIONS, _MAX_RATIONALE = 8, 160
+_MAX_SEARCHES, _MAX_SOURCES, _MAX_SOURCE_LENGTH = 5, 1, 2_400
+_MAX_TOP, _MAX_DESCRIPTORS, _MAX_CANDIDATES = 6, 5, 5
 _MONO = "font-family:ui-monospace,'SF Mono',Menlo,Consolas,monospace"
 _PRE = (
     f"background:{palette.SURFACE};color:{palette.TEXT};{_MONO};font-size:12px;line-height:1.45;padding:12px;"
@@ -64,7 +64,7 @@ def _profile(known: Findings) -> Html:
         Column("Share", 10, is_number=True),
         Column("Calls", 10, is_number=True),
     )
-    rows = [(row.name, row.place, row.latency, numbers.share(row.share), str(row.calls)) for row in shown]
+    rows = [(row.name, row.place, row.latency, numbers.share(row.share), str(row.calls)) for row in shown[:_MAX_TOP]]
     return join([cards.paragraph(bottleneck_sentence(record, record.peaks), bottom=10),
                  cards.table(Table(caption, columns, rows))])  # fmt: skip
 
@@ -205,7 +205,7 @@ def latency_table(comparison: Comparison) -> Table:
         Column("Samples", 10, is_number=True),
     )
     sides = (
-        (f"{comparison.baseline} (baseline, hatched)", comparison.baseline_latency),
+        (f"{comparison.baseline} (baseline, striped)", comparison.baseline_latency),
         (f"{comparison.candidate} (candidate, solid)", comparison.candidate_latency),
     )
     return Table(
@@ -217,7 +217,7 @@ def distribution_alt(comparison: Comparison) -> str:
     """The distribution's picture in a sentence."""
     before, after = comparison.baseline_latency, comparison.candidate_latency
     return (
-        f"Distribution of the latencies: {comparison.baseline}, hatched, median "
+        f"Distribution of the latencies: {comparison.baseline}, striped, median "
         f"{numbers.milliseconds(before.latency_ms_p50)}; {comparison.candidate}, solid, median "
         f"{numbers.milliseconds(after.latency_ms_p50)}."
     )

@@ -65,9 +65,7 @@ class View:
         with self._lock:
             if self._controls is not None:
                 self._controls.state, self._controls.tick = self._state(), self._tick()
-                data, metadata = self._controls.mime_bundle()
-                fallback = "Controls of an Agnitra Lab workbench: run this cell to have them."
-                shown.send({**data, "text/plain": fallback, "text/html": f"<p>{fallback}</p>"}, metadata=metadata)
+                shown.send_controls(self._controls, "Workbench")
             shown.send(self._card(), display_id=self._card_id)
             self._chart()
 

@@ -8,6 +8,7 @@ them is in a table as well.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from agnitra_lab.contracts.report import Report
 from agnitra_lab.report import metrics, numbers, palette, sections, svg
@@ -40,13 +41,15 @@ _TABLE = f"border-collapse:collapse;width:100%;background:{palette.PANEL};color:
 # Front ends stripe rows and paint them on hover; a row with a background of its own is left alone.
 _ROW = f"background:{palette.PANEL};border-top:1px solid {palette.GRID}"
 _HEAD_ROW = f"background:{palette.PANEL}"
-_CELL = "padding:8px 14px 8px 0;vertical-align:top"
-_HEAD = f"color:{palette.MUTED};font-weight:500;padding:0 14px 6px 0"
+# A card has some two hundred cells, and a notebook may grow by 60 kB for one: a cell says its side, and no more. Front
+# ends pad cells alike; what they align differs.
+_HEAD = f"color:{palette.MUTED};font-weight:500"
 _SUMMARY = f"cursor:pointer;color:{palette.ACCENT};font-weight:600;padding:4px 0"
 _PRE = (
     f"background:{palette.SURFACE};color:{palette.TEXT};{_MONO};font-size:12px;line-height:1.45;padding:14px;"
     "border-radius:8px;margin:8px 0 0 0;max-height:360px;overflow:auto;white-space:pre"
 )
+_MAX_FILES, _SHOWN_DIGITS = 5, 12
 _STATE_COLOURS = {
     "better": palette.ACCENT,
     "unchanged": palette.TEXT,
@@ -55,12 +58,16 @@ _STATE_COLOURS = {
     "absent": palette.MUTED,
 }
 
+File = tuple[str, str, int, str]
+"""Name, path, size in bytes and sha256 of an artifact."""
 
-def card_html(report: Report) -> str:
+
+def card_html(report: Report, files: Sequence[File] = ()) -> str:
     """Render the card as one block of HTML for `display_data`.
 
     Args:
         report: the finished run; it is redacted first.
+        files: its JSON files on disk.
     """
     report = redacted_report(report)
     return tag(
@@ -84,13 +91,18 @@ def card_html(report: Report) -> str:
         _section(_table(sections.patch_table(report))),
         _section(_facts("Usage event", sections.usage_facts(report))),
         _section(_facts("This run", sections.run_facts(report))),
-        _json(report),
+        _section(_artifacts(report, files)),
         style=_BLOCK,
     )
 
 
-def card_text(report: Report) -> str:
-    """Render the card as plain text: short lines in reading order, for terminals and screen readers."""
+def card_text(report: Report, files: Sequence[File] = ()) -> str:
+    """Render the card as plain text: short lines in reading order, for terminals and screen readers.
+
+    Args:
+        report: the finished run; it is redacted first.
+        files: its JSON files on disk.
+    """
     report = redacted_report(report)
     lines = [f"Agnitra Lab report: {report.title}", report.headline]
     lines += [
@@ -110,7 +122,8 @@ def card_text(report: Report) -> str:
     ):  # fmt: skip
         lines += ["", f"{table.caption}:"]
         lines += [", ".join(cell.rstrip(".") for cell in row if cell) + "." for row in table.rows]
-    return "\n".join(numbers.plain_text(line) for line in lines) + "\n"
+    lines += ["", *(f"{name}: {path}, {size_bytes:,} bytes." for name, path, size_bytes, _ in files[:_MAX_FILES])]
+    return "\n".join(numbers.plain_text(line) for line in lines).rstrip() + "\n"
 
 
 def metric_line(metric: metrics.Metric) -> str:
@@ -221,11 +234,11 @@ def _row(table: sections.Table, index: int) -> Html:
         tag(
             "td",
             _fitted(table, column, cell),
-            style=f"{_CELL};{_alignment(table, column)}{colour if column == 1 else ''}",
+            style=f"{_alignment(table, column)}{colour if column == 1 else ''}",
         )
         for column, cell in enumerate(others, start=1)
     )
-    name = tag("th", _fitted(table, 0, first), scope="row", style=f"{_CELL};text-align:left;font-weight:600{colour}")
+    name = tag("th", _fitted(table, 0, first), scope="row", style=f"text-align:left{colour}")
     return tag("tr", name, *cells, style=_ROW)
 
 
@@ -251,12 +264,12 @@ def _alignment(table: sections.Table, column: int) -> str:
 
 
 def _facts(title: str, facts: sections.Facts) -> Html:
-    label_style = f"{_CELL};{_MUTED};text-align:left;font-weight:500;width:190px"
+    label_style = f"{_HEAD};text-align:left;width:190px"
     rows = (
         tag(
             "tr",
             tag("th", label, scope="row", style=label_style),
-            tag("td", _breakable(value, _MAX_WORD), style=f"{_CELL};text-align:left"),
+            tag("td", _breakable(value, _MAX_WORD), style="text-align:left"),
             style=_ROW,
         )
         for label, value in facts
@@ -264,11 +277,25 @@ def _facts(title: str, facts: sections.Facts) -> Html:
     return tag("table", tag("caption", title, style=_CAPTION), tag("tbody", *rows), style=f"{_TABLE};margin:0")
 
 
-def _json(report: Report) -> Html:
-    hint = "Select the text and copy it; the same file lies in the run's folder under artifacts/reports."
+def _artifacts(report: Report, files: Sequence[File]) -> Html:
+    """Where the figures lie. The report's JSON is five times as long as the card, so it is named and not repeated."""
+    rows = tuple((name, path, f"{size_bytes:,}", sha256[:_SHOWN_DIGITS]) for name, path, size_bytes, sha256 in files)
+    note = (
+        f"{len(rows) - _MAX_FILES} more beside them." if len(rows) > _MAX_FILES
+        else None if rows
+        else f"report.json and the others lie in the folder of run {report.run_id} under artifacts/reports."
+    )  # fmt: skip
+    table = sections.Table(
+        "JSON artifacts, on disk", ("File", "Path", "Bytes", "sha256"), rows[:_MAX_FILES], frozenset({2}), note=note,
+        widths=(20, 52, 11, 17),
+    )  # fmt: skip
+    return join([_table(table), _usage_json(report)])
+
+
+def _usage_json(report: Report) -> Html:
+    """The one artifact that is short enough to be copied from here, with no kernel and no script."""
     return tag(
         "details",
-        tag("summary", "All figures as JSON (report.json)", style=_SUMMARY),
-        tag("p", hint, style=f"{_MUTED};font-size:12px;margin:6px 0 0 0"),
-        tag("pre", report.to_json(), style=_PRE),
+        tag("summary", "usage_event.json", style=_SUMMARY),
+        tag("pre", report.usage.to_json(), style=_PRE),
     )

@@ -17,7 +17,8 @@ from agnitra_lab.report.clean import redacted_report
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 CONFIG = {"displayModeBar": False, "responsive": True}
 # Bars of the two sides differ in pattern as well as in colour.
-_HATCH = {"shape": "/", "fgcolor": palette.PANEL, "size": 6, "solidity": 0.35}
+# Upright stripes: JupyterLab keeps a PNG of each chart in the notebook, and slanted ones triple its size.
+_HATCH = {"shape": "|", "fgcolor": palette.PANEL, "size": 10, "solidity": 0.4}
 _PADDING = 24
 _MAX_OPS = 8
 _MAX_NAME = 34
@@ -158,13 +159,60 @@ def to_bundle(figure: Any, static_svg: str, text: str) -> dict[str, Any]:
     return {PLOTLY_MIME: {**plain_figure(figure), "config": CONFIG}, "image/svg+xml": static_svg, "text/plain": text}
 
 
-def report_bundles(report: Report, *, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Name -> mime bundle of every figure that the report has something to show in, or of those in `names`."""
+def small_latency_bundle(report: Report) -> dict[str, Any]:
+    """The A/B of a notebook's card, as small as it can be.
+
+    JupyterLab writes its JSON line by line into the notebook, and adds a PNG of what it drew.
+    """
+    report = redacted_report(report)
+    comparison = report.comparison
+    sides = (
+        (comparison.candidate, comparison.candidate_latency, palette.CANDIDATE, None),
+        (comparison.baseline, comparison.baseline_latency, palette.BASELINE, _HATCH),
+    )
+    bars = [
+        {
+            "type": "bar", "orientation": "h", "x": [latency.latency_ms_p50],
+            "y": [f"{_label(name)}<br><b>{numbers.milliseconds(latency.latency_ms_p50)}</b>"],
+            "marker": {"color": colour, **({"pattern": pattern} if pattern else {})},
+            "error_x": {
+                "type": "data", "symmetric": False, "color": palette.TEXT,
+                "array": [latency.latency_ms_p80 - latency.latency_ms_p50],
+                "arrayminus": [latency.latency_ms_p50 - latency.latency_ms_p20],
+            },
+            "hovertemplate": "%{x:.4g} ms<extra></extra>",
+        }
+        for name, latency, colour, pattern in sides
+    ]  # fmt: skip
+    layout = {
+        "height": 132, "showlegend": False, "bargap": 0.35, "paper_bgcolor": palette.PANEL,
+        "plot_bgcolor": palette.PANEL, "margin": {"l": _PADDING, "r": _PADDING, "t": 14, "b": 14},
+        "font": {"color": palette.TEXT, "size": 12, "family": "system-ui, sans-serif"},
+        "xaxis": {"showticklabels": False, "gridcolor": palette.GRID, "zerolinecolor": palette.GRID},
+        "yaxis": {"automargin": True},
+    }  # fmt: skip
+    text = f"Chart: latency, median with p20 to p80. {_latency_sentence(report)}"
+    return {
+        PLOTLY_MIME: {"data": bars, "layout": layout, "config": CONFIG},
+        "image/svg+xml": svg.latency_chart(report),
+        "text/plain": text,
+    }
+
+
+def _latency_sentence(report: Report) -> str:
+    comparison = report.comparison
+    sides = (
+        (comparison.baseline, comparison.baseline_latency.latency_ms_p50),
+        (comparison.candidate, comparison.candidate_latency.latency_ms_p50),
+    )
+    return ", ".join(f"{name} {numbers.milliseconds(value)}" for name, value in sides) + "."
+
+
+def report_bundles(report: Report) -> dict[str, dict[str, Any]]:
+    """Name -> mime bundle of every figure that the report has something to show in."""
     report = redacted_report(report)
     bundles = {}
     for name in figure_names(report):
-        if names is not None and name not in names:
-            continue
         draw, draw_static = FIGURES[name]
         figure = draw(report)
         bundles[name] = to_bundle(figure, draw_static(report), f"Chart: {figure.layout.title.text}.")

@@ -7,15 +7,11 @@ from agnitra_lab.notebook import load_ipython_extension, unload_ipython_extensio
 
 MAGICS = {
     "line": {
-        "agnitra_optimize",
-        "agnitra_report",
-        "agnitra_runs",
-        "agnitra_rollback",
-        "agnitra_display",
-        "agnitra_dashboard",
+        "agnitra_optimize", "agnitra_workbench", "agnitra_compare", "agnitra_report", "agnitra_runs",
+        "agnitra_rollback", "agnitra_display", "agnitra_dashboard",
     },
     "cell": {"agnitra_profile"},
-}
+}  # fmt: skip
 
 
 def _ours(ip):

@@ -42,9 +42,10 @@ def finished(shell):
 
 
 def test_a_result_shows_its_card_and_its_text(finished):
-    (bundle,) = finished.ok("result").bundles
-    assert set(bundle) == {"text/html", "text/plain"}
-    assert finished["result"].report.headline in bundle["text/plain"]
+    card, chart = finished.ok("result").bundles
+    assert set(card) == {"text/html", "text/plain"}
+    assert set(chart) == {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"}
+    assert finished["result"].report.headline in card["text/plain"]
 
 
 def test_a_result_that_its_cell_has_shown_is_not_shown_again(finished):
@@ -109,7 +110,7 @@ def test_the_environment_turns_cards_off(modelled, monkeypatch):
 
 
 def test_the_switch_takes_two_words(shell):
-    assert "%agnitra_display takes on or off, got 'maybe'" in shell.run("%agnitra_display maybe").text
+    assert "%agnitra_display takes on or off (or static), got 'maybe'" in shell.run("%agnitra_display maybe").text
 
 
 def test_telemetry_shows_its_card(modelled):

@@ -125,8 +125,21 @@ def test_every_number_on_the_card_is_in_the_json(any_report):
     assert unknown == []
 
 
-def test_the_json_on_the_card_is_the_report(any_report):
-    assert json.loads(Reader(card_html(any_report)).json_text) == json.loads(any_report.to_json())
+def test_the_card_carries_the_usage_event_and_names_the_other_files(any_report):
+    files = [("report.json", "artifacts/reports/x/report.json", 94_321, "ab12" * 16)]
+    reader = Reader(card_html(any_report, files))
+    assert json.loads(reader.json_text) == json.loads(any_report.usage.to_json())
+    for shown in ("artifacts/reports/x/report.json", "94,321", "ab12" * 3):
+        assert shown in " ".join(reader.text.split()).replace("/ ", "/")
+    assert "artifacts/reports/x/report.json, 94,321 bytes" in card_text(any_report, files)
+
+
+def test_a_card_without_its_files_says_where_they_lie():
+    assert f"folder of run {make_report().run_id} under artifacts/reports" in card_html(make_report())
+
+
+def test_a_card_leaves_room_for_its_chart_in_sixty_kilobytes(any_report):
+    assert len(card_html(any_report).encode()) <= 36_000
 
 
 def test_every_table_has_headings_with_a_scope():

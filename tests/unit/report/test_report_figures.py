@@ -42,8 +42,18 @@ def test_every_figure_has_a_static_twin(any_report, name):
 def test_the_two_sides_differ_by_more_than_colour():
     figure = figures.latency_figure(make_report())
     bars = {figure.layout.yaxis.ticktext[int(t.y[0][-1])]: t for t in figure.data if t.type == "bar"}
-    assert bars["eager"].marker.pattern.shape == "/"
+    assert bars["eager"].marker.pattern.shape == "|"
     assert sum(bar.marker.pattern.shape is not None for bar in bars.values()) == 1
+
+
+def test_the_chart_of_a_notebook_is_small_and_says_its_numbers_where_nothing_draws():
+    bundle = figures.small_latency_bundle(make_report())
+    assert set(bundle) == {figures.PLOTLY_MIME, "image/svg+xml", "text/plain"}
+    assert len(json.dumps(bundle[figures.PLOTLY_MIME], indent=1)) < 3_000
+    striped, solid = (bundle[figures.PLOTLY_MIME]["data"][index]["marker"] for index in (1, 0))
+    assert striped["pattern"]["shape"] == "|" and "pattern" not in solid
+    latency = make_report().comparison.baseline_latency.latency_ms_p50
+    assert f"{latency:.2f} ms" in bundle["text/plain"]
 
 
 def test_ops_of_one_name_keep_bars_of_their_own():
