@@ -57,6 +57,7 @@ const set = (node, text) => { if (node.textContent !== text) node.textContent = 
 function render({ model, el: root }) {
   // JupyterLab's keys (a, b, x, Enter, ...) act on a focused output unless it says that it wants them itself.
   root.setAttribute("data-lm-suppress-shortcuts", "true");
+  root.addEventListener("keydown", (event) => event.stopPropagation());
   root.append(el("style", { textContent: CSS }));
   const body = el("section", { className: "agn", "aria-label": "Agnitra Lab controls" });
   root.append(body);

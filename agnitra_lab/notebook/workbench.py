@@ -197,8 +197,12 @@ class Workbench(Findings):
         given = Settings.of(**{**vars(self.settings), **settings})
         first = self._first_reader(given)
         stage = min((stage, first), key=STAGES.index) if first else stage
+        # Where somebody deleted the run's folder, a new run takes over what is known, and files it again.
         is_again = self._pass is not None and (
-            self._is_dirty or self.steps.following != stage or given != self._pass.settings
+            self._is_dirty
+            or self.steps.following != stage
+            or given != self._pass.settings
+            or not self._pass.run.is_there
         )
         if self._pass is not None and is_again:
             taken = stages_taken(self._pass, stage)

@@ -216,6 +216,11 @@ class Run:
             self.finish(category, *summaries[category])
         return {category: self.directory(category) for category in summaries}
 
+    @property
+    def is_there(self) -> bool:
+        """Whether all of its directories still stand: somebody may have deleted one."""
+        return all(path.is_dir() for path in self._directories.values())
+
     def discard(self) -> None:
         """Take away a run of which nothing is finished, as when another pass replaces it. A finished one stays.
 

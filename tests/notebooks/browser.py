@@ -148,7 +148,7 @@ class Page:
         self.errors: list[str] = []
         self.page.on("request", self._asked)
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-        self._server = server
+        self.server = server
         self.page.goto(server.url(notebook), timeout=START_S * 1000)
 
     def __enter__(self) -> Page:
@@ -172,25 +172,55 @@ class Page:
         self.page.wait_for_timeout(1500)
 
     @property
-    def controls(self) -> Any:
-        return self.page.locator(".agn").first
+    def folder(self) -> Path:
+        return self.server.folder
+
+    def at(self, index: int) -> Controls:
+        return Controls(self.page, index)
+
+    def controls_at(self, index: int) -> Any:
+        return self.page.locator(".agn").nth(index)
+
+    def __getattr__(self, name: str) -> Any:
+        """What concerns the first workbench may be asked of the page."""
+        return getattr(self.at(0), name)
+
+    def focused(self) -> str:
+        return str(self.page.evaluate("() => document.activeElement.getAttribute('aria-label') || "
+                                      "document.activeElement.textContent"))  # fmt: skip
+
+    def num_cells(self) -> int:
+        return int(self.page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.length"))
+
+    def outputs_of(self, index: int) -> int:
+        return int(self.page.evaluate("(at) => window.jupyterapp.shell.currentWidget.content.widgets[at].model.outputs"
+                                      ".length", index))  # fmt: skip
+
+    def _asked(self, request: Any) -> None:
+        address = request.url
+        if not address.startswith((self.server.address, "data:", "blob:", "ws://127.0.0.1")):
+            self.elsewhere.append(address)
+
+
+class Controls:
+    """The buttons of one workbench on the page."""
+
+    def __init__(self, page: Any, index: int) -> None:
+        self.page = page
+        self.controls = page.locator(".agn").nth(index)
 
     def button(self, name: str) -> Any:
         return self.controls.get_by_role("button", name=name, exact=True)
 
     def step(self, stage: str) -> str:
         """How a step stands, as its class says."""
-        return str(self.controls.locator("li", has=self.page.locator("b", has_text=stage)).get_attribute("class"))
+        return str(self._step(stage).get_attribute("class"))
 
     def wait_for_step(self, stage: str, status: str, timeout_s: float = STEP_S) -> None:
-        self.controls.locator(f"li.{status}", has=self.page.locator("b", has_text=stage)).wait_for(
-            timeout=timeout_s * 1000
-        )
+        self._step(stage, f".{status}").wait_for(timeout=timeout_s * 1000)
 
     def wait_until_idle(self, timeout_s: float = STEP_S) -> None:
         self.controls.locator("button[aria-disabled=true]", has_text="Cancel").wait_for(timeout=timeout_s * 1000)
 
-    def _asked(self, request: Any) -> None:
-        address = request.url
-        if not address.startswith((self._server.address, "data:", "blob:", "ws://127.0.0.1")):
-            self.elsewhere.append(address)
+    def _step(self, stage: str, status: str = "") -> Any:
+        return self.controls.locator(f"li{status}", has=self.page.locator("b", has_text=stage))
