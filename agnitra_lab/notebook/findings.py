@@ -13,15 +13,18 @@ from agnitra_lab.contracts.report import Report, StageName
 from agnitra_lab.contracts.search import SearchResult, Trial
 from agnitra_lab.contracts.suggestion import Proposal
 from agnitra_lab.contracts.workload import Workload
-from agnitra_lab.loop import Optimization, Result, Settings
+from agnitra_lab.loop.settings import Settings
 from agnitra_lab.notebook import tables
 from agnitra_lab.notebook.job import Job
 from agnitra_lab.notebook.steps import Steps
-from agnitra_lab.profiler.telemetry import Telemetry
 from agnitra_lab.runs.store import Run
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from agnitra_lab.loop.optimization import Optimization
+    from agnitra_lab.loop.result import Result
+    from agnitra_lab.profiler.telemetry import Telemetry
 
 _MAX_PRINTED = 20_000
 

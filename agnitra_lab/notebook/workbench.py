@@ -11,15 +11,14 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.patch import RollbackProof
 from agnitra_lab.contracts.report import STAGES, Checkpoint, StageName
 from agnitra_lab.contracts.search import Trial
 from agnitra_lab.errors import AgnitraError, UsageError
-from agnitra_lab.loop import Optimization, Settings, redo
-from agnitra_lab.loop.redo import stages_taken
+from agnitra_lab.loop.settings import Settings
 from agnitra_lab.notebook.findings import Findings
 from agnitra_lab.notebook.interrupts import on_stop_button
 from agnitra_lab.notebook.job import GRACE_S, Job, Outcome, torch_state
@@ -27,6 +26,9 @@ from agnitra_lab.profiler import session
 from agnitra_lab.redact import redact_text
 from agnitra_lab.report import numbers
 from agnitra_lab.workloads.adopt import as_workload
+
+if TYPE_CHECKING:
+    from agnitra_lab.loop.optimization import Optimization
 
 DEADLINE_S = 1800.0
 # What a later step reads of the settings: a change begins again there.
@@ -205,6 +207,8 @@ class Workbench(Findings):
             or not self._pass.run.is_there
         )
         if self._pass is not None and is_again:
+            from agnitra_lab.loop.redo import stages_taken
+
             taken = stages_taken(self._pass, stage)
             last = STAGES[-1] if is_all else stage
             stage = STAGES[len(taken)]
@@ -250,6 +254,10 @@ class Workbench(Findings):
     def _work(self, stages: Sequence[StageName], is_again: bool) -> None:
         job = self._job
         self._enter(stages[0])
+        # Loading the stages takes a second or two: the card is on the page before that.
+        self._tell("loading the stages")
+        from agnitra_lab.loop import Optimization, redo
+
         if self._pass is None:
             self._pass = Optimization(self.workload, self.settings)
         elif is_again:

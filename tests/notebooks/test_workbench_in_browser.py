@@ -96,7 +96,7 @@ def test_all_steps_run_and_the_card_and_its_chart_come_under_their_own_cell(desk
 def test_copy_and_download_give_the_bytes_on_disk(desk):
     (on_disk,) = desk.folder.glob("artifacts/reports/chain/*/report.json")
     expected = hashlib.sha256(on_disk.read_bytes()).hexdigest()
-    desk.controls.get_by_label("File").select_option("report.json")
+    desk.controls.get_by_label("File", exact=True).select_option("report.json")
     desk.button("Copy").click()
     desk.controls.locator("output", has_text=f"Copied report.json, {on_disk.stat().st_size:,} bytes").wait_for()
     copied = desk.page.evaluate("() => navigator.clipboard.readText()")

@@ -17,8 +17,8 @@ class Chain(nn.Module):
     """Elementwise steps: one loop when compiled, and dozens of passes over memory when not."""
 
     def forward(self, x):
-        for _ in range(12):
-            x = torch.tanh(x * 1.01 + 0.1)
+        for _ in range(40):
+            x = (x * 0.99 + 0.01).clamp(-3.0, 3.0)
         return x
 
 
