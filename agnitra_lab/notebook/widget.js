@@ -2,6 +2,7 @@
 // `tick` while one runs; what the user does goes out as messages, each answered by an "ack". No request leaves the page.
 const PAGE = (globalThis.__agnitra_page ??= Math.random().toString(36).slice(2));
 const ANSWER_MS = 4000;
+const FOCUSABLE = ["button", "select", "input", "summary", "textarea"];
 const CSS = `
 .agn{--bg:#0B1220;--panel:#111A2E;--fg:#E6F1FF;--dim:#9FB3C8;--on:#2EE6D6;--warn:#FFD166;--edge:#5B7499;
 background:var(--bg);color:var(--fg);font:14px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;
@@ -49,14 +50,14 @@ function el(tag, props = {}, ...children) {
     if (key in made && key !== "list" && key !== "form") made[key] = value;
     else made.setAttribute(key, value);
   }
+  // JupyterLab's and Notebook's keys (a, b, x, Enter, ...) act on whatever has the focus, unless it says otherwise itself.
+  if (FOCUSABLE.includes(tag)) made.setAttribute("data-lm-suppress-shortcuts", "true");
   made.append(...children);
   return made;
 }
 const set = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 
 function render({ model, el: root }) {
-  // JupyterLab's keys (a, b, x, Enter, ...) act on a focused output unless it says that it wants them itself.
-  root.setAttribute("data-lm-suppress-shortcuts", "true");
   root.addEventListener("keydown", (event) => event.stopPropagation());
   root.append(el("style", { textContent: CSS }));
   const body = el("section", { className: "agn", "aria-label": "Agnitra Lab controls" });

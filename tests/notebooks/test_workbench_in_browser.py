@@ -18,7 +18,7 @@ SETTINGS = 'suggest="preset", only="torch.compile", timing_s=0.5, budget_s=60'
 CELLS = [
     "import torch\nfrom workbench_models import Chain, Sleeper\nfrom agnitra_lab import Workbench\n"
     "from agnitra_lab.workloads.demos import demo\n%load_ext agnitra_lab",
-    f'workbench = Workbench(Chain().eval(), torch.randn(100, 100), name="chain", {SETTINGS})\nworkbench',
+    f'workbench = Workbench(Chain().eval(), torch.randn(4, 4), name="chain", {SETTINGS})\nworkbench',
     f'other = Workbench(demo("llama-decode", scale="small"), {SETTINGS}, max_trials=5)\nother',
     "slow = Workbench(Sleeper(), torch.ones(2), name='slow', suggest='preset')\nslow",
     "print(workbench.printed, 'nothing else')",

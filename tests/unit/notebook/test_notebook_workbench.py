@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
     """One whole run whose candidate is kept."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("finished")
-    made = Workbench(Chain().eval(), torch.randn(100, 100), name="chain", artifacts=folder, **QUICK)
+    made = Workbench(Chain().eval(), torch.randn(4, 4), name="chain", artifacts=folder, **QUICK)
     made.run_all()
     return made
 
@@ -57,7 +57,7 @@ def test_run_all_ends_as_optimize_does(finished):
     assert [step.stage for step in finished.steps] == list(STAGES)
     assert all(step.has_ended for step in finished.steps)
     assert finished.comparison == finished.report.comparison
-    assert finished.winner == finished.report.winner == "torch.compile"
+    assert finished.winner == finished.report.winner == "torch.compile", finished.candidates["reason"].tolist()
     assert {entry.status for entry in list_runs(finished.settings.artifacts)} == {"complete"}
     assert finished.run.run_id == finished.report.run_id
     assert [point.headline for point in finished.report.checkpoints[:6]] == [

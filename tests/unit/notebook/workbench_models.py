@@ -14,10 +14,12 @@ QUICK = {"suggest": "preset", "sampler": None, "budget_s": 1.0, "timing_s": 0.3,
 
 
 class Chain(nn.Module):
-    """Elementwise steps: one loop when compiled, and dozens of passes over memory when not."""
+    """Waits unless it is compiled, so that the compiled candidate wins on a machine that is busy with other things."""
 
     def forward(self, x):
-        for _ in range(40):
+        if not torch.compiler.is_compiling():
+            time.sleep(0.05)
+        for _ in range(10):
             x = (x * 0.99 + 0.01).clamp(-3.0, 3.0)
         return x
 
