@@ -158,6 +158,43 @@ def test_a_wrong_line_is_one_line_of_error_and_leaves_no_run(modelled, line, mes
     assert list_runs("artifacts") == []
 
 
+def test_a_workbench_from_a_magic_is_shown_once_and_runs_nothing(modelled):
+    ran = modelled.ok("%agnitra_workbench model x --name mlp --sampler none --budget 5")
+    workbench = modelled["agnitra_workbench"]
+    assert ran.value is workbench
+    assert len(ran.cards) == 1
+    assert (workbench.workload.name, workbench.settings.sampler, workbench.settings.budget_s) == ("mlp", None, 5.0)
+    assert workbench.steps.num_ended == 0 and list_runs("artifacts") == []
+    assert "%agnitra_workbench: argument --deadline" in modelled.run("%agnitra_workbench model x --deadline soon").text
+
+
+def test_two_callables_are_compared_by_a_magic_and_by_the_same_words_as_in_python(modelled):
+    ran = modelled.ok("comparison = %agnitra_compare model (lambda x: model(x)) x --name mlp --budget 0.2")
+    comparison = modelled["comparison"]
+    assert (comparison.workload, comparison.candidate) == ("mlp", "candidate")
+    (card,) = ran.cards
+    assert "Distribution of the latencies" in card and "Noise (A/A)" in card
+    assert (
+        "Expected a baseline, a candidate and their inputs, got 'model'" in modelled.run("%agnitra_compare model").text
+    )
+
+
+def test_two_runs_are_compared_by_their_ids(modelled):
+    for _ in range(2):
+        modelled.ok("%%agnitra_profile --name step\nmodel(x);")
+    first, second = (entry.run_id for entry in list_runs("artifacts"))
+    ran = modelled.ok(f"%agnitra_compare {first} {second}")
+    assert (ran.value.baseline_run_id, ran.value.candidate_run_id) == (first, second)
+    assert len(ran.cards) == 1
+    missing = "20200101_000000_profile_0000"
+    assert f"There is no run '{missing}' under artifacts." in modelled.run(f"%agnitra_compare {first} {missing}").text
+
+
+def test_static_cards_come_without_buttons(finished):
+    finished.ok("%agnitra_display static")
+    assert len(finished.ok("result").bundles) == 2
+
+
 @pytest.mark.slow
 def test_the_whole_loop_from_a_magic(modelled):
     ran = modelled.ok("result = %agnitra_optimize model x --name mlp --suggest preset --sampler none --budget 1")
