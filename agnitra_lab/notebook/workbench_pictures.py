@@ -23,8 +23,8 @@ _MAX_CURVES = 3
 _DASHES = ("", "8 5", "2 4")
 # A quarter of the samples may lie within a tenth of their spread: what is denser than this is drawn as high as this.
 _MAX_DENSITY = 3.0
-_SHOWN_QUANTILE = 19
-"""Index of 95% among the 21 quantiles: the slowest calls would squeeze all others into a line."""
+_SHOWN_QUANTILE = 18
+"""Index of 90% among the 21 quantiles: the slowest calls would squeeze all others into a line."""
 
 Curve = tuple[str, Sequence[float | None]]
 """Name of a search, and the latency of each trial in ms, None for a failed one."""
@@ -84,7 +84,7 @@ def distribution_picture(comparison: Comparison) -> str:
     foot = DISTRIBUTION_HEIGHT - 22
     for value, classes in ((low, "m"), ((low + high) / 2, "m i"), (high, "m e")):
         shapes.append(text(percent(_x(value, low, span)), foot, numbers.milliseconds(value), classes))
-    shapes.append(text(percent(_X_LEFT), foot + 18, "line: median; up to the 95th percentile", "m"))
+    shapes.append(text(percent(_X_LEFT), foot + 18, "line: median; up to the 90th percentile", "m"))
     hatch = (
         # In the lane's own space, where a unit of x is a percent of the width: only lying stripes stay what they are.
         '<pattern id="h" width="9" height="7" patternUnits="userSpaceOnUse">'
@@ -99,7 +99,7 @@ def _x(value: float, low: float, span: float) -> float:
 
 
 def _quantiles(latency: Latency) -> list[float]:
-    """Quantiles up to 95%; of an older record the three that it has."""
+    """Quantiles up to 90%; of an older record the three that it has."""
     if len(latency.latency_ms_quantiles) > _SHOWN_QUANTILE:
         return list(latency.latency_ms_quantiles[: _SHOWN_QUANTILE + 1])
     return [latency.latency_ms_p20, latency.latency_ms_p50, latency.latency_ms_p80]

@@ -19,6 +19,7 @@ from agnitra_lab.report.html import Html, join, tag
 _MAX_SUGGESTIONS, _MAX_RATIONALE = 8, 160
 _MAX_SEARCHES, _MAX_SOURCES, _MAX_SOURCE_LENGTH = 5, 1, 2_400
 _MAX_TOP, _MAX_DESCRIPTORS, _MAX_CANDIDATES = 6, 5, 5
+_MAX_REASON = 180
 _MONO = "font-family:ui-monospace,'SF Mono',Menlo,Consolas,monospace"
 _PRE = (
     f"background:{palette.SURFACE};color:{palette.TEXT};{_MONO};font-size:12px;line-height:1.45;padding:12px;"
@@ -159,7 +160,11 @@ def _patch(known: Findings) -> Html:
     results = known.results
     columns = (Column("Candidate", 34), Column("Compiled in", 14, is_number=True), Column("First verdict", 52))
     rows = [
-        (each.name, numbers.seconds(each.compile_s) if each.compile_s is not None else "", each.reason)
+        (
+            each.name,
+            numbers.seconds(each.compile_s) if each.compile_s is not None else "",
+            numbers.shortened(each.reason, _MAX_REASON),
+        )
         for each in results[:_MAX_CANDIDATES]
     ]
     parts.append(cards.table(Table("Candidates", columns, rows)))

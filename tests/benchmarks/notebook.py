@@ -4,11 +4,14 @@
 
 A real kernel answers over the Jupyter protocol, as a front end would hear it. "First card" is from the request that
 loads the extension to the display_data of a workbench's card, in a kernel that has imported torch: what we add to it.
-The empty magic is `%%agnitra_profile`'s machinery around an empty line magic of ours, in this process. A click is a
-message to the controls' comm and the first message that the kernel sends back, while it is idle; "busy" is the same
-while a step runs in its worker. Cancel is from the message to the state that says "cancelled". What a browser adds is
-measured by `tests/notebooks/test_workbench_in_browser.py`. The last line is a JSON object of figures.
+The empty magic is a cell that holds `%agnitra_display on` alone, in the kernel. A click is a message to the controls'
+comm until the message that answers it, while the kernel is idle; "while running" is the same while a step runs in its
+worker. Cancel is from the message to the state that says "cancelled". Where there is a browser, the same is measured in
+JupyterLab as a user sees it: from the click on Copy to the line that says so (the file is read, sent, hashed and put on
+the clipboard), and from the click on Cancel to the step that is marked. The last line is a JSON object of figures.
 """
+
+# ruff: noqa: E402 - the tests' own modules are in no package, so their folders come first
 
 from __future__ import annotations
 
@@ -22,8 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "notebook"))
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "unit" / "notebook"), str(TESTS / "notebooks")]
 
+import browser
 from notebook_kernel import KernelSession
 
 from agnitra_lab.contracts.run import Budget, Results, RunSummary
@@ -44,13 +49,22 @@ CARD = "%load_ext agnitra_lab\n%agnitra_workbench model x"
 MAGIC_LOOP = """
 import time as _time
 _ip = get_ipython()
-_run = _ip.find_line_magic("agnitra_display")
 _samples = []
 for _ in range({count}):
-    _began = _time.perf_counter(); _ip.run_line_magic("agnitra_display", "on")
+    _began = _time.perf_counter(); _ip.run_cell("%agnitra_display on")
     _samples.append((_time.perf_counter() - _began) * 1e3)
 print(sorted(_samples)[len(_samples) // 2])
 """
+# [label of the button, selector and text to wait for, index of the controls] -> milliseconds from the click.
+CLICK = """([label, selector, text, at]) => new Promise((tell) => {
+  const root = document.querySelectorAll('.agn')[at];
+  const button = [...root.querySelectorAll('button')].find((each) => each.textContent === label);
+  const began = performance.now();
+  button.focus(); button.click();
+  const look = () => [...root.querySelectorAll(selector)].some((each) => each.textContent.includes(text))
+    ? tell(performance.now() - began) : requestAnimationFrame(look);
+  requestAnimationFrame(look);
+})"""
 TIMEOUT_S = 60.0
 
 
@@ -146,6 +160,43 @@ def measure(is_quick: bool) -> dict[str, float]:
     }
 
 
+def measure_in_browser(is_quick: bool) -> dict[str, float]:
+    """Click in JupyterLab; nothing where there is no browser."""
+    if browser.why_not() is not None:
+        return {}
+    from playwright.sync_api import sync_playwright
+
+    shown = "from agnitra_lab import Workbench\n{name} = Workbench({model}, x, name='{name}')\n{name}"
+    cells = [MODEL, shown.format(name="small", model="model"), shown.format(name="slow", model="Sleeper()")]
+    copies, cancels = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        browser.write_notebook(Path(folder) / "clicks.ipynb", cells)
+        with (
+            browser.Server(Path(folder)) as server,
+            sync_playwright() as playwright,
+            browser.Page(playwright, server, "clicks.ipynb") as page,
+        ):
+            page.run_all()
+            small, slow = page.at(0), page.at(1)
+            small.button("Run profile").click()
+            small.wait_for_step("profile", "done")
+            small.wait_until_idle()
+            for _ in range(5 if is_quick else 40):
+                copies.append(page.page.evaluate(CLICK, ["Copy", "output", "Copied", 0]))
+            for _ in range(2 if is_quick else 10):
+                slow.button("Run profile").click()
+                slow.wait_for_step("profile", "running")
+                page.page.wait_for_timeout(500)
+                cancels.append(page.page.evaluate(CLICK, ["Cancel", "li.cancelled", "profile", 1]))
+                slow.wait_until_idle()
+    return {
+        "browser_click_ms_p50": statistics.median(copies),
+        "browser_click_ms_p95": _p95(copies),
+        "browser_cancel_ms_p50": statistics.median(cancels),
+        "browser_cancel_ms_max": max(cancels),
+    }
+
+
 def file_run(figures: dict[str, float], artifacts: Path) -> Path:
     """File the figures as a run of perf/notebook."""
     import ipykernel
@@ -169,7 +220,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--artifacts", type=Path, help="file the result as a run in this folder")
     given = parser.parse_args()
-    figures = measure(given.quick)
+    figures = {**measure(given.quick), **measure_in_browser(given.quick)}
     if not given.json:
         for name, value in figures.items():
             print(f"{name:28} {value:10.3f}")
