@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from agnitra_lab.contracts.measurement import Comparison
+from agnitra_lab.contracts.regressions import MetricChange, Regressions
 from agnitra_lab.errors import UsageError
 from agnitra_lab.notebook import cards, workbench_pictures
 from agnitra_lab.notebook.cards import Column, Table
@@ -14,7 +15,7 @@ from agnitra_lab.report.assemble import headline
 from agnitra_lab.report.html import Html
 from agnitra_lab.runs import layout
 from agnitra_lab.runs.read import list_runs, load_summary
-from agnitra_lab.runs.regressions import MetricChange, Regressions, compare_runs
+from agnitra_lab.runs.regressions import compare_runs
 
 _COLUMNS = (
     Column("Figure", 34),

@@ -29,8 +29,8 @@ _TURN = threading.Lock()
 _holder = ""
 
 
-class Cancelled(BaseException):
-    """Raised in the worker's thread. No Exception: code under test may catch those and go on."""
+class Cancelled(KeyboardInterrupt):
+    """Raised in the worker's thread: whatever cares for an interrupt, such as a search's ledger, cares for this."""
 
 
 class Job:

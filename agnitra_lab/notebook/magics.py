@@ -17,6 +17,7 @@ from agnitra_lab.errors import UsageError
 from agnitra_lab.notebook import arguments, completion
 from agnitra_lab.notebook.failures import one_line
 from agnitra_lab.notebook.show import Display, send_report
+from agnitra_lab.notebook.steps import SAMPLER_CHOICES
 from agnitra_lab.redact import redact_text
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class AgnitraMagics(Magics):
     @argument("expressions", nargs="*", help="MODEL INPUTS as Python expressions, a Workload, or a TARGET.")
     @argument("--name", help="What the artifacts call the model.")
     @argument("--suggest", choices=("auto", "llm", "preset"), default="auto", help="Where suggestions come from.")
-    @argument("--sampler", choices=("rl", "random", "none"), default="rl", help="How kernel configs are searched.")
+    @argument("--sampler", choices=SAMPLER_CHOICES, default="rl", help="How kernel configs are searched.")
     @argument("--budget", type=float, default=300.0, help="Seconds for compiling candidates.")
     @argument("--timing", type=float, default=4.0, help="Seconds of interleaved timing a candidate.")
     @argument("--artifacts", default=ARTIFACTS, help="Folder of the runs.")
@@ -128,7 +129,7 @@ class AgnitraMagics(Magics):
     @argument("expressions", nargs="*", help="MODEL INPUTS as Python expressions, a Workload, or a TARGET.")
     @argument("--name", help="What the artifacts call the model.")
     @argument("--suggest", choices=("auto", "llm", "preset"), default="auto", help="Where suggestions come from.")
-    @argument("--sampler", choices=("rl", "random", "none"), default="rl", help="How kernel configs are searched.")
+    @argument("--sampler", choices=SAMPLER_CHOICES, default="rl", help="How kernel configs are searched.")
     @argument("--budget", type=float, default=300.0, help="Seconds for compiling candidates.")
     @argument("--timing", type=float, default=4.0, help="Seconds of interleaved timing a candidate.")
     @argument("--deadline", type=float, default=1800.0, help="Seconds after which a step is cancelled.")

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
     from agnitra_lab.contracts.measurement import Comparison
     from agnitra_lab.contracts.patch import RollbackProof
+    from agnitra_lab.contracts.regressions import Regressions
     from agnitra_lab.contracts.report import Report
     from agnitra_lab.contracts.telemetry import TelemetryRecord
     from agnitra_lab.notebook.artifact_files import ArtifactFile
     from agnitra_lab.notebook.widget import Controls
-    from agnitra_lab.runs.regressions import Regressions
 
 SWITCH = "AGNITRA_DISPLAY"
 # Whole objects by their classes' addresses, so that registering them imports nothing.
 _RESULT = ("agnitra_lab.loop.result", "Result")
 _WORKBENCH = ("agnitra_lab.notebook.workbench", "Workbench")
 _COMPARISON = ("agnitra_lab.contracts.measurement", "Comparison")
-_REGRESSIONS = ("agnitra_lab.runs.regressions", "Regressions")
+_REGRESSIONS = ("agnitra_lab.contracts.regressions", "Regressions")
 _PROOF = ("agnitra_lab.contracts.patch", "RollbackProof")
 _TELEMETRY = ("agnitra_lab.profiler.telemetry", "Telemetry")
 

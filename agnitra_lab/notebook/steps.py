@@ -25,6 +25,10 @@ MARKS: dict[Status, str] = {
     "waiting": "○", "running": "◐", "done": "●", "skipped": "◌", "fallback": "●", "failed": "✕", "cancelled": "■",
 }  # fmt: skip
 """Beside the word, never instead of it."""
+SAMPLER_CHOICES = (
+    "rl", "portfolio", "reinforce", "tpe", "coordinate", "reinforce-cold", "random", "cmaes", "exhaustive", "none",
+)  # fmt: skip
+"""Written out, as in the shell: loading the extension loads no search."""
 _MAX_HEADLINE = 400
 
 

@@ -16,7 +16,7 @@ from agnitra_lab.errors import UsageError
 from agnitra_lab.notebook import show as shown
 from agnitra_lab.notebook.artifact_files import RunFiles
 from agnitra_lab.notebook.file_buttons import answer, file_rows, send_file
-from agnitra_lab.notebook.steps import ENDED, MARKS, WORDS
+from agnitra_lab.notebook.steps import ENDED, MARKS, SAMPLER_CHOICES, WORDS
 from agnitra_lab.notebook.workbench_card import workbench_card_html, workbench_card_text
 from agnitra_lab.redact import redact_text
 from agnitra_lab.report import numbers
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from agnitra_lab.notebook.workbench import Workbench
 
 _TICK_S, _CLOCK_S, _CURVE_S = 0.2, 1.0, 0.7
-_SAMPLERS = ("rl", "random", "none")
-_CHOICES = {"suggest": ("auto", "llm", "preset"), "sampler": _SAMPLERS}
+_CHOICES = {"suggest": ("auto", "llm", "preset"), "sampler": SAMPLER_CHOICES}
 _OPTIONS = ("suggest", "sampler", "max_trials", "budget_s", "timing_s", "accept")
 _MAX_WHY = 300
 

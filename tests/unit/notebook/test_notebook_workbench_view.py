@@ -8,9 +8,11 @@ import torch
 from workbench_models import QUICK, Moody, Small
 
 from agnitra_lab.notebook import workbench_view
+from agnitra_lab.notebook.steps import SAMPLER_CHOICES
 from agnitra_lab.notebook.widget import _SCRIPT
 from agnitra_lab.notebook.workbench import Workbench
 from agnitra_lab.notebook.workbench_card import workbench_card_html, workbench_card_text
+from agnitra_lab.refine.sampler import SAMPLERS
 from agnitra_lab.report import palette
 
 MAX_SCRIPT_BYTES, MAX_CARD_BYTES = 20_000, 40_000
@@ -56,6 +58,10 @@ def test_a_press_runs_the_next_step_and_is_acknowledged(desk):
     desk.view._changed(is_step=True)
     assert desk.state["next"] == "suggest"
     assert [step["status"] for step in desk.state["steps"]][:2] == ["done", "waiting"]
+
+
+def test_every_sampler_can_be_chosen():
+    assert set(SAMPLER_CHOICES) == {*SAMPLERS, "none"}
 
 
 def test_options_travel_with_the_press(desk):
