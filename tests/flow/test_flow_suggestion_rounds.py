@@ -40,7 +40,7 @@ class Adviser:
             {"action": "max_autotune", **latencies, "rationale": "Products lead.", "site": None, "params": None}
         ]
         for site in facts["kernel_sites"]:
-            order, configs = site["valid"]["order"], site["valid"]["configs"]
+            order, configs = _valid_of(site)
             start = 3 * (len(self.facts) - 1)
             chosen = [dict(zip(order, point, strict=True)) for point in configs[start : start + 3]]
             for params in [*chosen, dict.fromkeys(order, 10**9)]:
@@ -48,6 +48,16 @@ class Adviser:
                     {"action": site["action"], **latencies, "rationale": "Try.", "site": site["site"], "params": params}
                 )
         misbehave.answer(json.dumps({"suggestions": items}))(responder)
+
+
+def _valid_of(site: dict[str, Any]) -> tuple[list[str], list[list[int]]]:
+    """What the prompt lists; a large space is told by its bounds, and this model happens to know what lies in them."""
+    if "valid" in site:
+        return site["valid"]["order"], site["valid"]["configs"]
+    template, shape, _ = site["site"].split("/")
+    found = replay.nearest(template, tuple(map(int, shape.split("x"))))
+    order = list(site["params"])
+    return order, [[config.params[name] for name in order] for config in replay.load(found).space.configs[:30]]
 
 
 @pytest.fixture(scope="module")
