@@ -13,6 +13,11 @@ from agnitra_lab.suggest import product_rules
 from agnitra_lab.suggest.device_class import DeviceFacts
 from agnitra_lab.suggest.kernel_situation import KernelRule, KernelSituation, Target, next_power_of_two
 
+# Programs of one row that the norms' templates let wait for each other.
+_MAX_WAITING = 128
+# How the shape of a depthwise convolution says that each channel is a plane of its own.
+_PLANES = 1
+
 
 def rows_in_one_block(num_rows: int, block: int, device: DeviceFacts) -> list[Target]:
     """Targets of a kernel that holds whole rows: how many rows a program, and how many values a thread.
@@ -83,8 +88,13 @@ def _moments(num_rows: int, num_cols: int, device: DeviceFacts, stages: int) -> 
     split = 1 if num_rows >= programs // 2 else next_power_of_two(max(1, programs // num_rows))
     split = min(split, next_power_of_two(num_cols // 16384))
     base = {"BLOCK_N": 4096, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": 8, "num_stages": stages}
+    joined = [
+        {**base, "BLOCK_N": block, "SPLIT": -(-num_cols // block), "num_warps": min(16, block // 512), "num_stages": 1}
+        for block in (8192, 4096, 16384)
+        if num_cols <= _MAX_WAITING * block
+    ]
     return [
-        base, {**base, "SPLIT": 2 * split}, {**base, "SPLIT": max(1, split // 2)}, {**base, "BLOCK_N": 2048},
+        *joined, base, {**base, "SPLIT": 2 * split}, {**base, "SPLIT": max(1, split // 2)}, {**base, "BLOCK_N": 2048},
         {**base, "BLOCK_N": 8192}, {**base, "num_warps": 4}, {**base, "num_stages": 1}, {**base, "num_warps": 16},
     ]  # fmt: skip
 
@@ -186,11 +196,33 @@ def _channel_norm(s: KernelSituation) -> list[Target]:
     ]
 
 
+def _depthwise_conv(s: KernelSituation) -> list[Target]:
+    """Some 32 outputs a lane: a tile of a plane, or 16 bytes of channels at a few columns. Not measured."""
+    channels, columns, is_planes = s.shape[1], s.shape[7], s.shape[14] == _PLANES
+    base = {"BLOCK_C": 1, "BLOCK_H": 1, "LANES_C": 1, "num_warps": 4, "num_stages": 1}
+    width, height = -(-s.shape[4] // s.shape[10]), -(-s.shape[3] // s.shape[9])
+    if is_planes:
+        wide = min(8 if columns > 1 else 1, next_power_of_two(width))
+        tall = min(4, next_power_of_two(height))
+        tiles = [(wide, tall), (max(1, wide // 2), tall), (wide, max(1, tall // 2)), (max(1, wide // 2), 1), (wide, 1)]
+        return [{**base, "BLOCK_W": w, "BLOCK_H": h, "num_warps": warps} for w, h in tiles for warps in (4, 2)]
+    vector = math.gcd(channels, 16 // s.itemsize)
+    reach = next((lanes for lanes in (64, 32, 16) if channels % lanes == 0), 16)
+    blocks = [(4, reach), (2, reach), (4, 2 * reach), (1, reach), (8, reach), (4, max(1, reach // 2))]
+    return [
+        {**base, "BLOCK_W": w, "BLOCK_C": vector, "LANES_C": max(1, lanes // vector), "num_warps": warps}
+        for w, lanes in blocks
+        for warps in (4, 2)
+    ]
+
+
 RULES: dict[str, KernelRule] = {
+    "cached_attention": product_rules.cached_attention,
     "channel_norm": _channel_norm,
     "cross_entropy": _cross_entropy,
     "cumsum": _cumsum,
     "decode_attention": product_rules.decode_attention,
+    "depthwise_conv": _depthwise_conv,
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,

@@ -14,10 +14,16 @@ from agnitra_lab.suggest.kernel_rules import RULES
 from agnitra_lab.suggest.kernel_situation import KernelSituation, shared_memory_bytes
 
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "cached_attention": ((1, 8, 4, 1024, 64), (16, 8, 8, 4096, 128), (1, 1, 1, 3, 64)),
     "channel_norm": ((32, 64, 4096), (1, 512, 7), (4096, 768, 1)),
     "cross_entropy": ((8, 32000), (8192, 128256), (3, 17)),
     "cumsum": ((4096, 32768), (1, 1 << 20), (5, 100)),
     "decode_attention": ((1, 8, 4, 1024, 64), (16, 8, 8, 4096, 128), (1, 1, 1, 3, 64)),
+    "depthwise_conv": (
+        (32, 384, 1, 56, 56, 1, 7, 7, 1, 1, 1, 1, 1, 1, 1),
+        (32, 144, 1, 112, 112, 1, 3, 3, 1, 2, 2, 1, 1, 1, 2),
+        (8, 2048, 1, 1, 4096, 1, 1, 4, 1, 1, 1, 1, 1, 1, 1),
+    ),
     "group_norm": ((1024, 16, 4096), (8, 1, 1 << 20), (3, 2, 9)),
     "layer_norm": ((4096, 4096), (16, 1 << 20), (1, 5)),
     "rms_norm": ((1, 2048), (16384, 4096), (7, 65536)),
