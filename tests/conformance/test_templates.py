@@ -20,8 +20,8 @@ SUITES = {
     "templates_in_interpreter.py": 10,
 }
 """File -> the number of tests that it passes at least."""
-EVERY_NTH = os.environ.get("AGNITRA_EVERY_NTH", "8")
-"""The interpreter takes minutes for each suite: one test in eight here, all of them with AGNITRA_EVERY_NTH=1."""
+EVERY_NTH = os.environ.get("AGNITRA_EVERY_NTH", "16")
+"""The interpreter takes minutes for each suite: one test in sixteen here, all of them with AGNITRA_EVERY_NTH=1."""
 
 
 @pytest.mark.slow
