@@ -84,13 +84,10 @@ class Reference:
         self.may_overwrite: set[str] = set()
         self.probe_inputs: Inputs
         self.probe_call: Call | None = None
+        # Four times the weights of a bf16 model: made by the first check, since profiles and searches come before it.
         self._oracle: Oracle | None = None
-        if precision_track == "exact":
-            self._oracle, note = build_oracle(module or workload.model, self.device)
-            if note:
-                self.notes[note] = None
         self._answers: dict[int, Answer] = {}
-        self._left_bytes = _memory_to_keep(self.device)
+        self._left_bytes = 0
         self._last: Call
 
     def probe(self) -> Call:
@@ -104,6 +101,11 @@ class Reference:
         """
         if self.probe_call is not None:
             return self.probe_call
+        if self.precision_track == "exact":
+            self._oracle, note = build_oracle(module_of(self.workload.model) or self.workload.model, self.device)
+            if note:
+                self.notes[note] = None
+        self._left_bytes = _memory_to_keep(self.device)
         self.probe_inputs = redraw(self.workload, _PROBE_SEED)
         try:
             first = run_call(self.baseline, shifted_copy(self.probe_inputs), self.state)

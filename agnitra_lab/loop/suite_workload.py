@@ -138,6 +138,7 @@ class _Contest:
             baselines.release_memory()
 
     def time(self) -> None:
+        """Time all sides that run in one loop, ours twice for its own noise."""
         calls = {name: side.call for name, side in self.sides.items() if side.call is not None and self._runs(name)}
         if OURS in calls:
             calls[_OURS_AGAIN] = calls[OURS]

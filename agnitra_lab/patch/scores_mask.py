@@ -103,6 +103,7 @@ class _Additive:
         self.sizes, self.dtype, self.num_keys = sizes, dtype, num_keys
 
     def build(self, masks: list[Mask]) -> fx.Node:
+        """Add up what all masks put onto the scores; return the node of the sum."""
         total: fx.Node | None = None
         can_be_blind = False
         for mask in masks:

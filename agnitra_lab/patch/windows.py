@@ -69,6 +69,7 @@ def _in_blocks(band: Band, size: int) -> Attention:
     left, right = band.left or 0, band.right or 0
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+        """Attend block by block, and put the results in a row."""
         num_queries, num_keys = query.shape[-2], key.shape[-2]
         blocks = []
         for first in range(0, num_queries, size):

@@ -161,7 +161,9 @@ def test_a_page_that_is_loaded_again_has_the_state_and_the_card(desk):
     desk.page.reload()
     desk.page.wait_for_function(browser.READY, timeout=90_000)
     desk.wait_for_step("report", "done", 60)
-    desk.controls.locator("h1", has_text="Rolled back").wait_for(timeout=20_000)
+    card = desk.controls.locator("h1", has_text="Rolled back")
+    card.wait_for(timeout=20_000)
+    assert card.is_visible()
 
 
 def test_no_request_leaves_the_machine_and_nothing_fails_in_the_console(desk):

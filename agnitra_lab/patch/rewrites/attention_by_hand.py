@@ -104,6 +104,7 @@ class _Replacement:
         self.mask, self.is_causal, self.kind = masks.build(attention, (self.batch, self.heads), self.dtype)
 
     def install(self) -> PatchDescriptor:
+        """Put one `scaled_dot_product_attention` where the single steps stood, and describe the change."""
         attention, context = self.attention, self.context
         query, key = self._operand(attention.query, attention.leading), self._operand(attention.key, attention.leading)
         for scaling in attention.scalings:

@@ -187,7 +187,7 @@ def test_the_shell_writes_the_file_and_counts_what_is_not_whole(small, shell, tm
 
 
 def test_a_folder_that_is_not_there_ends_the_shell_with_its_code_for_bad_usage(shell, tmp_path):
-    shell("dashboard", str(tmp_path / "nothing"), code=2)
+    assert shell("dashboard", str(tmp_path / "nothing"), code=2) == "", "nothing but the complaint, on stderr"
 
 
 @pytest.mark.parametrize("name", ["dashboard.txt", "folder.html"])

@@ -103,7 +103,7 @@ def test_the_users_own_figures_keep_their_look_and_no_renderer_is_loaded():
         "assert templates.default == 'plotly' and 'agnitra' not in list(templates)"
     )
     folder = __file__.rpartition("/")[0]
-    subprocess.run([sys.executable, "-c", script, folder], check=True, timeout=120)
+    assert subprocess.run([sys.executable, "-c", script, folder], timeout=120).returncode == 0
 
 
 def test_importing_the_report_loads_neither_plotly_nor_torch():
