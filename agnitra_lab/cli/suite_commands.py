@@ -72,7 +72,10 @@ def run(
     ] = 240.0,
     limit_s: Annotated[float, typer.Option("--limit-s", min=1.0, help="When to stop; --resume goes on.")] = 520.0,
     num_jobs: Annotated[
-        int, typer.Option("--jobs", min=1, help="Workloads at once; they take turns at the device to time.")
+        int, typer.Option("--jobs", min=1, help="Workloads at once on a device; they take turns at it to time.")
+    ] = 1,
+    num_devices: Annotated[
+        int, typer.Option("--devices", min=1, help="CUDA devices of one kind to spread the workloads over.")
     ] = 1,
     warm_cache: Annotated[
         Path | None, typer.Option("--warm-cache", help="Keep compiled code in this folder; by default all is cold.")
@@ -92,8 +95,8 @@ def run(
         names=tuple(names or ()), family=family, shard=_shard(shard), scale=scale, device=device,
         modes=tuple(mode.strip() for mode in modes.split(",") if mode.strip()) if modes is not None else None,
         budget_s=budget_s, timing_s=timing_s, timeout_s=timeout_s, limit_s=limit_s, num_jobs=num_jobs,
-        warm_cache=warm_cache, is_controlled=is_controlled, resume=resume, is_retrying=is_retrying,
-        artifacts=artifacts, command=shlex.join(["agnitra", *sys.argv[1:]]),
+        num_devices=num_devices, warm_cache=warm_cache, is_controlled=is_controlled, resume=resume,
+        is_retrying=is_retrying, artifacts=artifacts, command=shlex.join(["agnitra", *sys.argv[1:]]),
     )  # fmt: skip
     done = run_suite(settings, on_start=suite_console.print_start, on_result=suite_console.print_result)
     suite_console.print_run(done)

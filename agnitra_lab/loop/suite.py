@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from agnitra_lab.benchmark.worker import Outcome, Worker
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.suite import SuiteAssignment, SuiteResult
 from agnitra_lab.device import info
-from agnitra_lab.errors import AgnitraError, UsageError
-from agnitra_lab.loop import preflight, suite_filing, suite_table
+from agnitra_lab.errors import UsageError
+from agnitra_lab.loop import preflight, suite_devices, suite_filing, suite_table
 from agnitra_lab.loop.suite_baselines import KNOWN_MODES, MODES
+from agnitra_lab.loop.suite_devices import Seat
 from agnitra_lab.runs import provenance
 from agnitra_lab.runs.store import Run, RunStore
 from agnitra_lab.workloads.suite import SCALES, SUITE, Family, default_scale
@@ -33,7 +32,6 @@ _JOB = "agnitra_lab.loop.suite_workload:measure"
 _LEAST_S = 45.0
 # Beyond its own time limit a process that cannot even end itself is ended from here.
 _GRACE_S = 15.0
-_DESCRIBE_LIMIT_S = 60.0
 _CANCEL_TICK_S = 0.1
 
 
@@ -52,7 +50,8 @@ class SuiteSettings:
         timing_s: for the loop that times the sides of one workload.
         timeout_s: when to give one workload up; waiting for the device does not count.
         limit_s: when to stop; what is left is named, and `resume` goes on with it.
-        num_jobs: workloads at once.
+        num_jobs: workloads at once on one device.
+        num_devices: devices of one kind to spread over; each workload sees one of them.
         warm_cache: folder with compiled code of earlier runs; None compiles each side cold.
         is_controlled: check torch.compile's modes against eager too.
         resume: a run id, or "latest": skip what it has finished, file the rest there.
@@ -72,6 +71,7 @@ class SuiteSettings:
     timeout_s: float = 240.0
     limit_s: float = 520.0
     num_jobs: int = 1
+    num_devices: int = 1
     warm_cache: Path | None = None
     is_controlled: bool = False
     resume: str | None = None
@@ -129,11 +129,12 @@ def run_suite(
     store = RunStore(settings.artifacts)
     preflight.check_machine(store)
     device = settings.device or info.default_device()
-    if settings.num_jobs > 1 and not device.startswith("cuda"):
+    if settings.num_jobs * settings.num_devices > 1 and not device.startswith("cuda"):
         raise UsageError(
-            f"{settings.num_jobs} jobs at once on a CPU would time each other's compiling.", hint="Leave out --jobs."
+            f"{settings.num_jobs * settings.num_devices} jobs at once on a CPU would time each other's compiling.",
+            hint="Leave out --jobs and --devices.",
         )
-    facts = _describe(device)
+    facts, seats = suite_devices.describe(device, settings.num_devices)
     scale = settings.scale or default_scale(device)
     run, done = suite_filing.open_run(store, settings.resume, scale, facts, is_retrying=settings.is_retrying)
     directory = run.directory(suite_filing.CATEGORY)
@@ -142,7 +143,7 @@ def run_suite(
         on_start(facts, directory, todo)
     with tempfile.TemporaryDirectory(prefix="agnitra-suite-", ignore_cleanup_errors=True) as scratch:
         crew = _Crew(settings, run, facts, device, scale, Path(scratch), started_s + settings.limit_s, job, on_result)
-        left = crew.work(todo)
+        left = crew.work(todo, seats)
     filed = suite_table.read_results(directory, [])
     suite_filing.finish(run, filed, left, device=facts, command=settings.command, config=settings.public())
     return SuiteRun(directory, filed, left)
@@ -191,12 +192,13 @@ class _Crew:
         self.taken_s: list[float] = []
         self.is_cancelled = False
 
-    def work(self, names: Sequence[str]) -> list[str]:
-        """Go through the workloads; return those that are left."""
+    def work(self, names: Sequence[str], seats: Sequence[Seat]) -> list[str]:
+        """Go through the workloads, `num_jobs` at once at each seat; return those that are left."""
         self.todo = list(names)
-        num_jobs = min(self.settings.num_jobs, max(len(names), 1))
-        with ThreadPoolExecutor(num_jobs, thread_name_prefix="suite") as pool:
-            futures = [pool.submit(self._go_on) for _ in range(num_jobs)]
+        # Every device gets its first workload before one gets its second.
+        taken = [seat for _ in range(self.settings.num_jobs) for seat in seats][: max(len(names), 1)]
+        with ThreadPoolExecutor(len(taken), thread_name_prefix="suite") as pool:
+            futures = [pool.submit(self._go_on, seat) for seat in taken]
             try:
                 for future in futures:
                     future.result()
@@ -205,13 +207,13 @@ class _Crew:
                 raise
         return [name for name in names if name not in self.finished]
 
-    def _go_on(self) -> None:
+    def _go_on(self, seat: Seat) -> None:
         while True:
             with self.lock:
                 if self.is_cancelled or not self.todo or self._is_late():
                     return
                 name = self.todo.pop(0)
-            result = self._measure(name)
+            result = self._measure(name, seat)
             if result is None:
                 continue
             with self.lock:
@@ -221,20 +223,20 @@ class _Crew:
                 if self.on_result:
                     self.on_result(result)
 
-    def _measure(self, name: str) -> SuiteResult | None:
+    def _measure(self, name: str, seat: Seat) -> SuiteResult | None:
         """Run one workload in a process of its own; None where the time was up before it was done."""
         settings, started_s = self.settings, time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.scratch, ignore_cleanup_errors=True) as scratch:
             given = SuiteAssignment(
                 name=name, scale=self.scale, device=self.device, modes=self.modes, budget_s=settings.budget_s,
-                timing_s=settings.timing_s, timeout_s=settings.timeout_s, turns_file=self.scratch / "device.lock",
+                timing_s=settings.timing_s, timeout_s=settings.timeout_s, turns_file=self.scratch / seat.turns_file,
                 scratch=Path(scratch), is_cache_warm=settings.warm_cache is not None,
                 is_controlled=settings.is_controlled, num_jobs=settings.num_jobs, command=settings.command,
             )  # fmt: skip
             # Turns at the device come from each of the other processes in the worst case.
             most_s = settings.num_jobs * settings.timeout_s + _GRACE_S
             deadline_s = max(min(most_s, self._remaining_s()), 0.1)
-            with Worker(env=self._environment(Path(scratch))) as worker:
+            with Worker(env=self._environment(Path(scratch), seat)) as worker:
                 self.workers.append(worker)
                 try:
                     outcome = worker.run(self.job, (given,), name=name, deadline_s=deadline_s)
@@ -259,14 +261,16 @@ class _Crew:
             wall_s=wall_s, command=self.settings.command, generated_at=provenance.utc_now(),
         )  # fmt: skip
 
-    def _environment(self, scratch: Path) -> dict[str, str]:
+    def _environment(self, scratch: Path, seat: Seat) -> dict[str, str]:
         caches = self.settings.warm_cache or scratch / "caches"
-        num_threads = max((os.cpu_count() or 1) // self.settings.num_jobs, 1)
+        num_processes = self.settings.num_jobs * self.settings.num_devices
+        num_threads = max((os.cpu_count() or 1) // num_processes, 1)
         return {
+            **seat.environment,
             "TORCHINDUCTOR_CACHE_DIR": str(Path(caches).resolve() / "inductor"),
             "TRITON_CACHE_DIR": str(Path(caches).resolve() / "triton"),
             # Each process would otherwise start as many compilers as there are cores.
-            **({"TORCHINDUCTOR_COMPILE_THREADS": str(num_threads)} if self.settings.num_jobs > 1 else {}),
+            **({"TORCHINDUCTOR_COMPILE_THREADS": str(num_threads)} if num_processes > 1 else {}),
         }
 
     def _remaining_s(self) -> float:
@@ -286,16 +290,3 @@ class _Crew:
                     with suppress(OSError):
                         os.killpg(pid, signal.SIGKILL)
             time.sleep(_CANCEL_TICK_S)
-
-
-def _describe(device: str) -> DeviceInfo:
-    if not device.startswith("cuda") or not torch.cuda.is_available():
-        return info.describe(device)
-    # In a process of its own: a CUDA context in this one would hold memory of the device for nothing.
-    with Worker() as worker:
-        outcome = worker.run(
-            "agnitra_lab.device.info:describe", (device,), name=device, deadline_s=_DESCRIBE_LIMIT_S
-        )  # fmt: skip
-    if outcome.status != "ok":
-        raise AgnitraError(f"Device {device!r} does not answer: {outcome.message}.", hint="Check nvidia-smi.")
-    return outcome.value

@@ -52,7 +52,7 @@ def meets(given: SuiteAssignment) -> SuiteResult:
     """Be done only when another process is at work at the same time."""
     folder = Path(os.environ["SUITE_TEST_FILE"])
     folder.mkdir(exist_ok=True)
-    (folder / given.name).touch()
+    (folder / given.name).write_text(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {given.turns_file.name}")
     deadline_s = time.monotonic() + 60
     while len(list(folder.iterdir())) < 2:
         if time.monotonic() > deadline_s:

@@ -12,8 +12,9 @@ import pytest
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.suite import SuiteResult
 from agnitra_lab.errors import UsageError
-from agnitra_lab.loop import suite
+from agnitra_lab.loop import suite, suite_devices
 from agnitra_lab.loop.suite import SuiteSettings, run_suite, select
+from agnitra_lab.loop.suite_devices import Seat
 from agnitra_lab.runs.read import list_runs, verify
 from agnitra_lab.workloads.suite import SUITE
 
@@ -22,7 +23,9 @@ JOBS = Path(__file__).parent / "suite_jobs.py"
 
 @pytest.fixture(autouse=True)
 def _fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "_describe", lambda device: DeviceInfo(type="cuda", name="Fake H200"))
+    facts = DeviceInfo(type="cuda", name="Fake H200")
+    seats = [Seat(f"device-{index}.lock", {"CUDA_VISIBLE_DEVICES": str(index)}) for index in range(8)]
+    monkeypatch.setattr(suite_devices, "describe", lambda device, num_devices: (facts, seats[:num_devices]))
 
 
 def settings(tmp_path: Path, *names: str, **more: object) -> SuiteSettings:
@@ -124,9 +127,17 @@ def test_jobs_run_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(result.num_jobs == 2 for result in results(done.directory).values())
 
 
-def test_jobs_at_the_same_time_are_refused_on_a_cpu(tmp_path: Path) -> None:
+def test_each_device_has_its_own_workload_and_its_own_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUITE_TEST_FILE", str(tmp_path / "meeting"))
+    done = run(settings(tmp_path, "pooling", "vit", num_devices=2), "meets")
+    assert {result.status for result in results(done.directory).values()} == {"done"}
+    assert {path.read_text() for path in (tmp_path / "meeting").iterdir()} == {"0 device-0.lock", "1 device-1.lock"}
+
+
+@pytest.mark.parametrize("many", [{"num_jobs": 2}, {"num_devices": 2}])
+def test_jobs_at_the_same_time_are_refused_on_a_cpu(tmp_path: Path, many: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="on a CPU"):
-        run_suite(SuiteSettings(device="cpu", num_jobs=2, artifacts=tmp_path))
+        run_suite(SuiteSettings(device="cpu", artifacts=tmp_path, **many))  # type: ignore[arg-type]
     assert list_runs(tmp_path) == []
 
 
@@ -148,9 +159,9 @@ def test_an_interrupt_ends_the_processes_and_leaves_a_run_that_reads_as_incomple
     pids: list[int] = []
 
     class Interrupting(suite._Crew):
-        def _measure(self, name: str) -> SuiteResult | None:
+        def _measure(self, name: str, seat: Seat) -> SuiteResult | None:
             threading.Thread(target=self._break, daemon=True).start()
-            return super()._measure(name)
+            return super()._measure(name, seat)
 
         def _break(self) -> None:
             while not (self.workers and self.workers[0].pid):
