@@ -1,8 +1,8 @@
 """Build candidates one by one within a budget, judge each as it comes, and keep the best so far usable throughout.
 
-Rounds: what is cheap, then what costs more on top of the best of it, then the best less each of its changes (greedy
-backward elimination, which is how interactions between changes show). Each candidate is verified and timed once; the
-final A/B is the benchmark's.
+Rounds: what is cheap; then all changes less each one (greedy backward elimination, which is how interactions between
+changes show, and how one that spoils the whole is found); then what costs more, on top of the best. Each candidate is
+verified and timed once; the final A/B is the benchmark's.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Chooser:
         self._began_s = clock_s()
         self._compile_s: float | None = None
         self._candidates: dict[str, Candidate] = {}
+        self._found: dict[str, frozenset[str]] = {}
+        self._all_changes: Candidate | None = None
         self._num_graphs = 1
         self.results: list[CandidateResult] = []
         self.patches: dict[str, Patch] = {}
@@ -75,10 +77,12 @@ class Chooser:
     def run(self) -> None:
         """Run all rounds, as far as the budget goes."""
         self._try_all(self._plan.first())
-        self._try_all(self._plan.second(self._best_compiled(), self._num_graphs))
-        while (best := self._best_compiled()) is not None and self._try_all(self._plan.without_one(best)):
-            if self._best_compiled() == best:
+        while (whole := self._best_changed()) is not None and self._try_all(
+            self._plan.without_one(whole, self._found.get(whole.name))
+        ):
+            if self._best_changed() == whole:
                 break
+        self._try_all(self._plan.second(self._best_compiled(), self._num_graphs))
 
     def _try_all(self, candidates: Iterable[Candidate]) -> bool:
         """Try one after the other; return whether any was built."""
@@ -93,6 +97,8 @@ class Chooser:
 
     def _try(self, candidate: Candidate) -> None:
         started_s = clock_s()
+        if candidate.changes and self._all_changes is None:
+            self._all_changes = candidate
         if self._rehearse is not None and not self._leads(self._rehearse(candidate), candidate, started_s):
             return
         try:
@@ -102,9 +108,11 @@ class Chooser:
             self.results.append(CandidateResult(name=candidate.name, status="failed", reason=reason))
             return
         self._candidates[candidate.name] = candidate
+        log = patch.log()
+        self._found[candidate.name] = frozenset(descriptor.action for descriptor in log.descriptors)
         if candidate.mode == "default":
             self._compile_s = clock_s() - started_s
-            self._num_graphs = patch.log().num_graphs
+            self._num_graphs = log.num_graphs
         self.results.append(self._screen(candidate.name, patch))
         self.patches[candidate.name] = patch
         self._drop_losers()
@@ -150,6 +158,14 @@ class Chooser:
         ranked = contest.ranking(self.results)
         comparison = ranked[0].comparison if ranked else None
         return comparison.candidate_latency.latency_ms_p50 if comparison else None
+
+    def _best_changed(self) -> Candidate | None:
+        """Return the fastest with changes of ours; where none is eligible, the one with all: one may spoil it."""
+        for result in contest.ranking(self.results):
+            candidate = self._candidates[result.name]
+            if candidate.changes:
+                return candidate
+        return self._all_changes
 
     def _best_compiled(self) -> Candidate | None:
         for result in contest.ranking(self.results):

@@ -91,15 +91,20 @@ class Plan:
         unique = {candidate.name: candidate for candidate in rows}
         return self._allowed(list(unique.values()))
 
-    def without_one(self, best: Candidate) -> Iterator[Candidate]:
-        """Yield the best candidate less each of its changes: a change may cost its neighbours more than it gains."""
-        if best.is_raw or len(best.changes) < 1 or best.name == "agnitra:freezing":
+    def without_one(self, whole: Candidate, found: frozenset[str] | None = None) -> Iterator[Candidate]:
+        """Yield a candidate less each of its changes: a change may cost its neighbours more than it gains.
+
+        Args:
+            whole: the candidate.
+            found: those of its changes that found something to change, where that is known.
+        """
+        if whole.is_raw or whole.name == "agnitra:freezing":
             return
-        for left_out in best.changes:
-            actions = tuple(name for name in best.actions if name != left_out)
-            candidate = Candidate(f"{best.name}-{left_out}", best.mode, actions)
-            if candidate.changes:
-                yield from self._allowed([candidate])
+        changes = [name for name in whole.changes if found is None or name in found]
+        # Less its only change it is torch.compile, which is in the first round.
+        for left_out in changes if len(changes) > 1 else ():
+            actions = tuple(name for name in whole.actions if name != left_out)
+            yield from self._allowed([Candidate(f"{whole.name}-{left_out}", whole.mode, actions)])
 
     def names(self) -> list[str]:
         """Return every name that a plan on this device could hold."""

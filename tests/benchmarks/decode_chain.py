@@ -6,7 +6,8 @@
 once as Inductor's pointwise kernels and decode_attention, once as cached_attention.
 
 Weights and caches rotate past the L2 inside one CUDA graph, so that every read comes from memory. Each number stands
-beside what cuBLAS or SDPA took and beside the device copy that was measured first. Results are checked against torch.
+beside the device copy that was measured first. Results are checked against torch; those of the whole token, where the
+rounding of 22 layers moves 2% of the elements past that check, by their error against fp64.
 The last line is a JSON object of figures.
 """
 
@@ -463,7 +464,9 @@ def step_figures(pool: ProcessPoolExecutor, copy: float) -> dict[str, Any]:
     num_bytes = 2 * (HEAD[0] * HEAD[1] + NUM_LAYERS * sum(n * k for n, k in SHAPES_1B.values()))
     num_bytes += NUM_LAYERS * 4 * num_kv_heads * num_keys * size
     figures: dict[str, Any] = {"step_limit_ms": num_bytes / copy / 1e6}
-    expected = token(in_several)
+    exact = exact_token(x, layers, head, norm, caches, (cos, sin, mask))
+    allowed = 1.25 * error(token(in_several), exact)
+    figures["step_in_several_error"] = allowed / 1.25
     figures["step_in_several_ms"] = graph_us(lambda: token(in_several), 1) / 1e3
     figures["step_products_ms"] = graph_us(lambda: token(lambda qkv, cache: parts_of(qkv)[0]), 1) / 1e3
     print(figures, flush=True)
@@ -474,7 +477,8 @@ def step_figures(pool: ProcessPoolExecutor, copy: float) -> dict[str, Any]:
         def in_one(qkv: torch.Tensor, cache: list[torch.Tensor], call: Any = call) -> torch.Tensor:
             return call(*parts_of(qkv), *cache, position, mask, cos, sin, **options)
 
-        problem = difference(token(in_one), expected)
+        found = error(token(in_one), exact)
+        problem = None if found <= allowed else f"WRONG: error {found:.2e}, allowed {allowed:.2e}"
         timed.append((graph_us(lambda run=in_one: token(run), 1) / 1e3, params))
         print(f"step {compact(params):60s} {timed[-1][0]:.4f} ms {problem or 'agrees'}", flush=True)
         if params["PDL"] == 1:
@@ -486,6 +490,30 @@ def step_figures(pool: ProcessPoolExecutor, copy: float) -> dict[str, Any]:
     again = graph_us(lambda: token(in_several), 1) / 1e3
     fastest, params = min(timed, key=lambda pair: pair[0])
     return figures | {"step_in_several_again_ms": again, "step_in_one_ms": fastest, "step_config": compact(params)}
+
+
+def exact_token(
+    x: torch.Tensor, layers: list[dict[str, torch.Tensor]], head: torch.Tensor, norm: torch.Tensor,
+    caches: list[list[torch.Tensor]], others: tuple[torch.Tensor, ...],
+) -> torch.Tensor:  # fmt: skip
+    """Compute one token in fp64, each sum and product rounded once."""
+    (cos, sin), mask, h = (other.double() for other in others[:2]), others[2], x.double()
+    for layer, cache in zip(layers, caches, strict=True):
+        weights = {name: weight.double() for name, weight in layer.items()}
+        written = [part.double() for part in cache]
+        position = torch.full((1,), written[0].shape[2] - 1, device=x.device)
+        qkv = F.linear(F.rms_norm(h, (h.shape[-1],), norm.double(), EPS), weights["qkv"])
+        q = prepare(qkv, cos, sin, position, *written)
+        out = F.scaled_dot_product_attention(q, *written, mask, enable_gqa=True)
+        h = h + F.linear(out.transpose(1, 2).flatten(2), weights["o"])
+        gate, up = F.linear(F.rms_norm(h, (h.shape[-1],), norm.double(), EPS), weights["gate_up"]).chunk(2, -1)
+        h = h + F.linear(F.silu(gate) * up, weights["down"])
+    return F.linear(F.rms_norm(h, (h.shape[-1],), norm.double(), EPS), head.double())
+
+
+def error(output: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root mean square of the difference over that of the exact values."""
+    return float((output.double() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt())
 
 
 def kernel_times(call: Callable[[], Any]) -> dict[str, float]:

@@ -80,6 +80,8 @@ def test_attention_by_hand_is_as_close_to_fp64_as_eager(kind, dtype, num_steps, 
     is_refused = dtype is torch.float16 and kind == "padding, lowest"
     assert ("attention_by_hand" in made) is not is_refused, patch.log().refusals
     print([(descriptor.replacement, descriptor.config) for descriptor in patch.log().descriptors])
+    if is_refused:
+        return  # what is left is Inductor's own, which adds the lowest number without rounding the sum to fp16
     with torch.no_grad():
         ours, theirs = patch.model(*args), model(*args)
         oracle = copy.deepcopy(model).double()(q.double(), k.double(), v.double(), padding)

@@ -43,7 +43,9 @@ def problem(output, expected) -> str | None:
     rtol = RTOL[output.dtype]
     if output.shape != expected.shape:
         return f"shape {tuple(output.shape)} instead of {tuple(expected.shape)}"
-    tolerance = rtol * (expected.pow(2).mean().sqrt() + expected.abs())
+    # Half a step of the format: what a softmax over a million columns leaves in fp16 is subnormal.
+    step = torch.finfo(output.dtype).smallest_normal * torch.finfo(output.dtype).eps
+    tolerance = rtol * (expected.pow(2).mean().sqrt() + expected.abs()) + 0.51 * step
     share = float(((output.double() - expected).abs() <= tolerance).double().mean())
     return None if share >= 0.999 else f"only {share:.2%} of the elements are within {rtol}"
 

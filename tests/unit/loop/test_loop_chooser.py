@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Equivalence, Latency, Ratio
 from agnitra_lab.errors import PatchError
 from agnitra_lab.loop.chooser import Chooser
@@ -16,11 +18,14 @@ ACTIONS = ("cuda_graph", "qkv_concat", "rms_norm", "max_autotune")
 class Built:
     """What the chooser needs of a patch."""
 
-    def __init__(self, name, num_graphs=1):
-        self.name, self.is_discarded, self._num_graphs = name, False, num_graphs
+    def __init__(self, name, num_graphs=1, found=ACTIONS):
+        self.name, self.is_discarded = name, False
+        self._log = SimpleNamespace(
+            num_graphs=num_graphs, compile_s=0.1, descriptors=[SimpleNamespace(action=action) for action in found]
+        )
 
     def log(self):
-        return SimpleNamespace(num_graphs=self._num_graphs, compile_s=0.1)
+        return self._log
 
     def discard(self):
         self.is_discarded = True
@@ -46,13 +51,13 @@ def result_of(name, latency_ms, verdict="faster"):
     return CandidateResult(name=name, status=status, reason="", compile_s=0.1, comparison=comparison)
 
 
-def run(times_ms, *, budget_s=60.0, limit_ms=None, device="cuda", fails=(), num_graphs=1):
+def run(times_ms, *, budget_s=60.0, limit_ms=None, device="cuda", fails=(), num_graphs=1, found=ACTIONS):
     built = {}
 
     def build(candidate):
         if candidate.name in fails:
             raise PatchError("cannot be compiled")
-        built[candidate.name] = Built(candidate.name, num_graphs)
+        built[candidate.name] = Built(candidate.name, num_graphs, found)
         return built[candidate.name]
 
     def screen(name, patch):
@@ -68,10 +73,10 @@ def tried(chooser):
     return [result.name for result in chooser.results if result.status != "skipped"]
 
 
-def test_the_cheap_comes_first_then_max_autotune_then_the_best_less_each_change():
+def test_the_cheap_comes_first_then_all_less_each_change_then_max_autotune():
     chooser, _ = run({"agnitra": 4.0})
     assert tried(chooser) == [
-        "cuda_graph", "agnitra", "torch.compile", "agnitra:max-autotune", "agnitra-qkv_concat", "agnitra-rms_norm",
+        "cuda_graph", "agnitra", "torch.compile", "agnitra-qkv_concat", "agnitra-rms_norm", "agnitra:max-autotune",
     ]  # fmt: skip
     assert chooser.best == "agnitra"
 
@@ -79,7 +84,24 @@ def test_the_cheap_comes_first_then_max_autotune_then_the_best_less_each_change(
 def test_a_change_that_costs_more_than_it_gains_is_left_out_and_the_rest_is_tried_again():
     chooser, _ = run({"agnitra": 4.0, "agnitra-rms_norm": 3.0})
     assert chooser.best == "agnitra-rms_norm"
-    assert tried(chooser)[-1] == "agnitra-rms_norm"
+    assert tried(chooser)[-2:] == ["agnitra-rms_norm", "agnitra:max-autotune"]
+
+
+def test_a_change_that_makes_ours_slower_than_plain_torch_compile_is_found():
+    chooser, _ = run({"agnitra": 7.0, "torch.compile": 5.0, "agnitra-qkv_concat": 4.0})
+    assert chooser.best == "agnitra-qkv_concat"
+
+
+@pytest.mark.parametrize("how", ["wrong", "fails"])
+def test_a_change_that_spoils_the_whole_is_found(how):
+    fails = ("agnitra",) if how == "fails" else ()
+    chooser, _ = run({"agnitra": 11.0, "torch.compile": 5.0, "agnitra-rms_norm": 3.0}, fails=fails)
+    assert chooser.best == "agnitra-rms_norm"
+
+
+def test_a_change_that_found_nothing_is_not_left_out():
+    chooser, _ = run({"agnitra": 4.0}, found=("qkv_concat",))
+    assert "agnitra-rms_norm" not in [result.name for result in chooser.results]
 
 
 def test_near_the_physical_limit_nothing_more_is_compiled():
