@@ -37,7 +37,7 @@ from agnitra_lab.loop.adviser import Adviser
 from agnitra_lab.loop.chooser import Chooser
 from agnitra_lab.loop.kernel_lab import KernelLab
 from agnitra_lab.loop.refinement import Refinement
-from agnitra_lab.loop.regions import regions
+from agnitra_lab.loop.regions import explain
 from agnitra_lab.loop.rehearsal import Rehearsal
 from agnitra_lab.loop.result import Result
 from agnitra_lab.loop.settings import Settings
@@ -57,7 +57,6 @@ Tell = Callable[[str], None]
 # The FLOPs of the original graph are no floor for a candidate that provably needs fewer.
 _DOES_LESS_WORK = frozenset({"linear_algebra", "last_token_head", "attention_by_hand", "sdpa_backend"})
 _PRODUCTS_OF_A_SPLIT = 3
-_EXPLAINED_CALLS = 3
 _LEAST_REHEARSAL_S = 120.0
 
 
@@ -448,23 +447,14 @@ class Optimization:
         return max(honest or compared, key=lambda comparison: comparison.speedup.median)
 
     def _explain(self) -> tuple[Region, ...]:
-        """Profile what was installed and hold it against the first profile, region by region."""
         winner = self.patches.get(self.winner_name)
         if winner is None or not self.settings.is_explained:
             return ()
-        args, kwargs = self.workload.args, self.workload.kwargs
-
-        def call() -> Any:
-            with torch.no_grad():
-                return winner.model(*args, **kwargs)
-
         try:
-            after = capture.profile(
-                call, name=self.workload.name, repeat=_EXPLAINED_CALLS, num_warmup=1, should_time=False,
-                device_info=self.device_info, reference=self.telemetry,
+            return explain(
+                self.workload, self.telemetry, winner.model, winner.log().descriptors, peaks=self.peaks,
+                device=self.device_info, folder=self.run.directory("profiles") / "after",
             )  # fmt: skip
-            after.save(self.run.directory("profiles") / "after")
-            return regions(self.workload, self.telemetry, after, winner.log().descriptors, self.peaks)
         except Exception as error:
             # The answer stands without it: whatever a profiler does to a replay must not cost a finished run.
             warnings.warn(f"The report has no times by part of the model: {error}", stacklevel=2)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from agnitra_lab.contracts.device import DevicePeaks
+from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.contracts.report import Region
 from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.profiler import capture
 from agnitra_lab.profiler.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -22,6 +25,38 @@ MAX_REGIONS = 24
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _ROOT = "the root module"
 _OTHER = "other places"
+_NUM_CALLS = 3
+
+
+def explain(
+    workload: Workload, before: Telemetry, model: Callable[..., Any], descriptors: Sequence[PatchDescriptor], *,
+    peaks: DevicePeaks | None, device: DeviceInfo, folder: Path,
+) -> tuple[Region, ...]:  # fmt: skip
+    """Profile what was installed and hold it against the first profile, region by region.
+
+    Args:
+        workload: whose inputs it is called on.
+        before: profile of the original.
+        model: what was installed.
+        descriptors: what was changed where.
+        peaks: measured ceilings.
+        device: where it runs.
+        folder: where the second profile goes.
+
+    Raises:
+        Exception: whatever the model or a profiler raises.
+    """
+
+    def call() -> Any:
+        with torch.no_grad():
+            return model(*workload.args, **workload.kwargs)
+
+    after = capture.profile(
+        call, name=workload.name, repeat=_NUM_CALLS, num_warmup=1, should_time=False, device_info=device,
+        reference=before,
+    )  # fmt: skip
+    after.save(folder)
+    return regions(workload, before, after, descriptors, peaks)
 
 
 def regions(
