@@ -15,6 +15,7 @@ from torch.utils import _pytree
 from agnitra_lab.patch.fast import FastPath
 from agnitra_lab.patch.frozen import FrozenWeights
 from agnitra_lab.patch.liveness import Surroundings
+from agnitra_lab.patch.output_strides import OutputStrides
 from agnitra_lab.patch.signature import Signature
 
 _GRAD_ADVICE = (
@@ -49,6 +50,7 @@ class OptimizedModel(nn.Module):
         signature: Signature,
         *,
         clones: tuple[bool, ...] | None = None,
+        strides: OutputStrides | None = None,
         frozen: FrozenWeights | None = None,
     ) -> None:
         # nn.Module.__init__ would give it parameters, modules and a training flag of its own.
@@ -60,6 +62,7 @@ class OptimizedModel(nn.Module):
             "_agnitra_signature": signature,
             "_agnitra_context": Surroundings(module),
             "_agnitra_clones": clones,
+            "_agnitra_strides": strides if strides else None,
             "_agnitra_frozen": frozen,
             "_agnitra_fast": None,
             "_agnitra_has_warned": False,
@@ -99,15 +102,20 @@ class OptimizedModel(nn.Module):
             return self._miss(reason, args, kwargs)
         if fast_reason is not None:
             own["fast_path_misses"][fast_reason] += 1
-        clones = own["_agnitra_clones"]
-        if clones is not None:
-            torch.compiler.cudagraph_mark_step_begin()
         if torch.is_inference_mode_enabled() and not _has_inference_tensor(args, kwargs):
             # Dynamo guards on inference mode; leaving it saves a second compilation of the same graph.
             with torch.inference_mode(False), torch.no_grad():
-                outputs = compiled(*args, **kwargs)
-                return outputs if clones is None else clone_outputs(outputs, clones)
-        outputs = compiled(*args, **kwargs)
+                return self._run_compiled(args, kwargs)
+        return self._run_compiled(args, kwargs)
+
+    def _run_compiled(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        own = self.__dict__
+        clones, strides = own["_agnitra_clones"], own["_agnitra_strides"]
+        if clones is not None:
+            torch.compiler.cudagraph_mark_step_begin()
+        outputs = own["_agnitra_compiled"](*args, **kwargs)
+        if strides is not None:
+            outputs = strides(outputs)
         return outputs if clones is None else clone_outputs(outputs, clones)
 
     def _miss(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

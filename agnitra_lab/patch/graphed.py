@@ -17,6 +17,7 @@ from torch.utils import _pytree
 from agnitra_lab.device.graphs import Segments, capture
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.liveness import Liveness
+from agnitra_lab.patch.output_strides import OutputStrides, copied
 from agnitra_lab.patch.signature import PLAIN
 
 _NUM_WARM_CALLS = 3
@@ -31,12 +32,16 @@ class GraphedCall:
             writes must be restored by the caller.
         leaves: the input leaves; tensors on one CUDA device and plain values.
         liveness: the model's tensors, which the graph reads and writes in place.
+        strides: what the results are given.
 
     Raises:
         PatchError: when the call cannot be captured, with the reason.
     """
 
-    def __init__(self, call: Callable[[Sequence[Any]], Any], leaves: Sequence[Any], liveness: Liveness) -> None:
+    def __init__(
+        self, call: Callable[[Sequence[Any]], Any], leaves: Sequence[Any], liveness: Liveness,
+        strides: OutputStrides | None = None,
+    ) -> None:  # fmt: skip
         _refuse_uncapturable(leaves)
         static = [_same_layout(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -58,6 +63,7 @@ class GraphedCall:
         self._is_cloned = [
             isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in owned for leaf in self._leaves
         ]
+        self._strides = (strides.of if strides is not None else _unchanged)(len(self._leaves))
 
     def __call__(self, given: Sequence[Any]) -> Any:
         """Replay the call on new input leaves."""
@@ -68,7 +74,8 @@ class GraphedCall:
                 static.copy_(given[index])
         self._graph.replay()
         copies = [
-            leaf.clone() if is_cloned else leaf for leaf, is_cloned in zip(self._leaves, self._is_cloned, strict=True)
+            copied(leaf, strides) if is_cloned else leaf
+            for leaf, is_cloned, strides in zip(self._leaves, self._is_cloned, self._strides, strict=True)
         ]
         return copies[0] if self._is_single else _pytree.tree_unflatten(copies, self._structure)
 
@@ -80,6 +87,10 @@ def _captured(call: Callable[[], Any]) -> tuple[Segments, Any]:
         # Cutting asks more of a call than capturing does: its ops must go through the dispatcher undisturbed.
         torch.cuda.synchronize()
         return capture(call, num_warm_calls=_NUM_WARM_CALLS)
+
+
+def _unchanged(num_leaves: int) -> list[None]:
+    return [None] * num_leaves
 
 
 def _refuse_uncapturable(leaves: Sequence[Any]) -> None:

@@ -34,6 +34,7 @@ from agnitra_lab.patch.options import (
     model_tensors,
     uses_cuda,
 )
+from agnitra_lab.patch.output_strides import OutputStrides, strides_of
 from agnitra_lab.patch.paths import Paths
 from agnitra_lab.patch.rollback import Fingerprint, MutableState, fingerprint, keep_outputs, prove, run_original
 from agnitra_lab.patch.signature import Signature
@@ -123,7 +124,9 @@ class _Before:
     def __init__(self, workload: Workload) -> None:
         self._marks = [(tensor, tensor.__dict__.get(_MARK)) for tensor in model_tensors(workload.model)]
         state = MutableState.of(workload)
-        self.outputs: Any = keep_outputs(run_original(workload))
+        outputs = run_original(workload)
+        self.strides = strides_of(outputs)
+        self.outputs: Any = keep_outputs(outputs)
         self.state = state.only_written()
         self.state.restore()
         self.fingerprint: Fingerprint = fingerprint(workload.model)
@@ -250,10 +253,12 @@ def _compile(
     compile_s = time.perf_counter() - started
     if _failure(how) is not None:
         raise _undo(name, before, how, None)
-    clones = _clone_mask(workload, outputs) if is_cuda_graph else None
+    is_own = _clone_mask(workload, outputs)
+    clones = is_own if is_cuda_graph else None
+    strides = OutputStrides(before.strides, outputs, is_own)
     before.state.restore()
     frozen = _freeze(workload, before) if options.get("freezing") else None
-    model = OptimizedModel(workload.model, compiled, signature, clones=clones, frozen=frozen)
+    model = OptimizedModel(workload.model, compiled, signature, clones=clones, strides=strides, frozen=frozen)
     return Patch(name, workload, before, model, compile_s)
 
 
@@ -265,7 +270,7 @@ def _take_fast_path(
     frozen: FrozenWeights | None = own["_agnitra_frozen"]
     checks = [own["_agnitra_context"].difference, *([frozen.difference] if frozen is not None else [])]
     started = time.perf_counter()
-    paths = Paths(workload, before.state, checks)
+    paths = Paths(workload, before.state, checks, own["_agnitra_strides"])
     path, reason = paths.of_compiled(own["_agnitra_compiled"], backend, should_capture=should_capture)
     patch.model.take_fast_path(path)
     patch.compile_s = (patch.compile_s or 0.0) + time.perf_counter() - started

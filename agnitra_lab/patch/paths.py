@@ -15,6 +15,7 @@ from agnitra_lab.patch.direct import DirectCall, flat_inputs, unchanged_attribut
 from agnitra_lab.patch.fast import Check, FastPath, Run, wall_ms
 from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.liveness import Liveness
+from agnitra_lab.patch.output_strides import OutputStrides
 from agnitra_lab.patch.rollback import MutableState
 from agnitra_lab.patch.weights import WeightGuard
 
@@ -26,13 +27,17 @@ class Paths:
         workload: the model and the inputs whose signature the drop-in accepts.
         state: what a call writes; put back after each of the runs made here.
         checks: what must hold beside the model's own tensors and attributes.
+        strides: what the compiled call's results must be given.
     """
 
-    def __init__(self, workload: Workload, state: MutableState, checks: Sequence[Check]) -> None:
+    def __init__(
+        self, workload: Workload, state: MutableState, checks: Sequence[Check], strides: OutputStrides | None = None
+    ) -> None:
         self._workload = workload
         self._state = state
         self._liveness = Liveness(workload.model)
         self._checks = [*checks, self._liveness.difference]
+        self._strides = strides
         self._leaves = flat_inputs(workload.args, workload.kwargs)
 
     def of_compiled(
@@ -48,10 +53,11 @@ class Paths:
                 direct, is_pure = self._direct(compiled, backend)
         except PatchError as error:
             return None, error.message
-        path = self._path("direct", direct, backend.guards, is_pure=is_pure)
+        path = self._path("direct", self._restrided(direct), backend.guards, is_pure=is_pure)
         if not should_capture:
             return path, None
         try:
+            # What leaves the graph is copied in any case, and takes the original's strides by the way.
             graphed = self._path("cuda_graph", self._graphed(direct), backend.guards, is_pure=is_pure)
         except PatchError as error:
             return path, error.message
@@ -96,9 +102,13 @@ class Paths:
 
     def _graphed(self, run: Run) -> GraphedCall:
         try:
-            return GraphedCall(run, self._leaves, self._liveness)
+            return GraphedCall(run, self._leaves, self._liveness, self._strides)
         finally:
             self._state.restore()
+
+    def _restrided(self, run: Run) -> Run:
+        strides = self._strides
+        return (lambda given: strides(run(given))) if strides else run
 
     def _path(self, name: str, run: Run, guards: Sequence[WeightGuard], *, is_pure: bool) -> FastPath:
         return FastPath(name, run, self._checks, guards, is_pure=is_pure)

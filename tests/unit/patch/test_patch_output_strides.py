@@ -1,0 +1,84 @@
+"""Results of compiled code get the strides of the original's, and keep what they alias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.patch.install import install
+from agnitra_lab.patch.output_strides import OutputStrides, strides_of
+
+
+def padded(rows: int, columns: int) -> torch.Tensor:
+    """Rows of whole 8 values, of which the last ones are nobody's."""
+    return torch.randn(rows, -(-columns // 8) * 8)[:, :columns]
+
+
+def test_a_padded_result_gets_the_strides_of_the_original() -> None:
+    original, ours = torch.randn(3, 13), padded(3, 13)
+    strides = OutputStrides(strides_of(original), ours, [True])
+    assert strides
+    assert strides(ours).stride() == (13, 1)
+    assert torch.equal(strides(ours), ours)
+
+
+def test_results_in_a_structure_are_given_theirs_and_the_rest_stays_the_same_object() -> None:
+    original = {"logits": torch.randn(3, 13), "loss": torch.tensor(1.0), "note": "n"}
+    ours = {"logits": padded(3, 13), "loss": torch.tensor(1.0), "note": "n"}
+    found = OutputStrides(strides_of(original), ours, [True, True])(ours)
+    assert found["logits"].is_contiguous()
+    assert found["loss"] is ours["loss"]
+    assert found["note"] == "n"
+
+
+def test_a_result_with_the_strides_of_the_original_is_not_copied() -> None:
+    ours = torch.randn(3, 13)
+    strides = OutputStrides(strides_of(torch.randn(3, 13)), ours, [True])
+    assert not strides
+    assert strides(ours) is ours
+
+
+def test_a_result_that_is_an_input_or_a_weight_is_not_copied() -> None:
+    ours = padded(3, 13)
+    assert not OutputStrides(strides_of(torch.randn(3, 13)), ours, [False])
+
+
+def test_a_view_with_gaps_is_no_layout_to_give_back() -> None:
+    assert strides_of([padded(3, 13), torch.randn(3, 1).expand(3, 4), torch.randn(4, 3).t(), 7]) == [
+        None, None, (1, 3), None,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_fast", [True, False], ids=["direct", "through Dynamo's guards"])
+def test_a_drop_in_returns_what_can_be_flattened_as_the_originals_result(
+    is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Rows(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    model, x = Rows().eval(), torch.randn(3, 13)
+    run_as_padded(monkeypatch)
+    patch = install(Workload("rows", model, (x,)), [], name="candidate")
+    if not is_fast:
+        patch.model.take_fast_path(None)
+    with torch.no_grad():
+        assert patch.model(x).view(-1).shape == (39,)
+        assert torch.equal(patch.model(x), x + 1)
+
+
+def run_as_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let compiled graphs return their matrices as Inductor returns padded products on a GPU."""
+    from agnitra_lab.patch.backend import Backend
+
+    lower = Backend._lower
+
+    def lowered(self: Backend, *args: Any, **kwargs: Any) -> Any:
+        run = lower(self, *args, **kwargs)
+        return lambda *given: [padded(*value.shape).copy_(value) for value in run(*given)]
+
+    monkeypatch.setattr(Backend, "_lower", lowered)
