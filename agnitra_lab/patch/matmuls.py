@@ -17,12 +17,13 @@ class MatMul:
 
     Attributes:
         node: the node whose value is the product.
-        a: the left operand, [..., M, K].
+        a: the left operand, [..., M, K], or [K] beside a matrix.
         b: the right operand: [K, N], [..., K, N] with the leading dimensions of `a`, or with its last two swapped.
         bias: [N], None when nothing is added.
         is_b_transposed: `b` is given as [..., N, K], as `linear` takes its weight.
         num_batches: how many products of one size there are, each with its own `b`.
         num_m, num_n, num_k: sizes of one product.
+        turns: the transpositions of `b` that were looked through, in graph order.
     """
 
     node: fx.Node
@@ -34,10 +35,16 @@ class MatMul:
     num_m: int
     num_n: int
     num_k: int
+    turns: tuple[fx.Node, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(M, N, K) of one product."""
+        return self.num_m, self.num_n, self.num_k
 
 
 def find_products(graph: fx.Graph) -> list[MatMul]:
-    """Return every matrix product of two tensors of at least two dimensions, in graph order."""
+    """Return every matrix product, in graph order."""
     found = []
     for node in graph.nodes:
         match = match_product(node)
@@ -62,13 +69,15 @@ def match_product(node: Any) -> MatMul | None:
     if operands is None:
         return None
     a, b, bias, is_transposed = operands
-    b, is_transposed = _without_transpose(b, is_transposed)
-    return _product(node, a, b, bias, is_transposed)
+    b, turns = _without_transpose(b)
+    return _product(node, a, b, bias, is_transposed == (len(turns) % 2 == 0), turns)
 
 
-def _product(node: fx.Node, a: Any, b: Any, bias: Any, is_transposed: bool) -> MatMul | None:
+def _product(
+    node: fx.Node, a: Any, b: Any, bias: Any, is_transposed: bool, turns: tuple[fx.Node, ...]
+) -> MatMul | None:
     left, right, result, added = fake_of(a), fake_of(b), fake_of(node), fake_of(bias)
-    if left is None or right is None or result is None or left.dim() < 2 or right.dim() < 2:
+    if left is None or right is None or result is None or left.dim() < 1 or right.dim() < 2:
         return None
     if right.dim() > 2 and right.shape[:-2] != left.shape[:-2]:
         return None
@@ -79,14 +88,16 @@ def _product(node: fx.Node, a: Any, b: Any, bias: Any, is_transposed: bool) -> M
         return None
     num_batches = math.prod(map(int, right.shape[:-2]))
     num_m = math.prod(map(int, left.shape[:-1])) // max(num_batches, 1)
-    return MatMul(node, a, b, bias, is_transposed, num_batches, num_m, num_n, num_k)
+    return MatMul(node, a, b, bias, is_transposed, num_batches, num_m, num_n, num_k, turns)
 
 
-def _without_transpose(b: Any, is_transposed: bool) -> tuple[Any, bool]:
-    """Look through a swap of the last two dimensions of the right operand."""
+def _without_transpose(b: Any) -> tuple[Any, tuple[fx.Node, ...]]:
+    """Look through swaps of the last two dimensions of the right operand; return it and them."""
+    turns: list[fx.Node] = []
     while isinstance(b, fx.Node) and _swaps_last_two(b):
-        b, is_transposed = b.args[0], not is_transposed
-    return b, is_transposed
+        turns.insert(0, b)
+        b = b.args[0]
+    return b, tuple(turns)
 
 
 def _swaps_last_two(node: fx.Node) -> bool:

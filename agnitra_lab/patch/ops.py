@@ -255,17 +255,12 @@ def without_casts(node: Any) -> Any:
 
 
 def is_widening(node: Any) -> bool:
-    """Whether a node casts its argument to a dtype that holds every value of the argument's."""
-    if not is_cast(node):
-        return False
-    before, after = fake_of(node.args[0]), fake_of(node)
     """Whether a node is a cast that loses nothing, such as bfloat16 to float32."""
     before, after = (fake_of(node.args[0]), fake_of(node)) if is_cast(node) else (None, None)
     return before is not None and after is not None and torch.promote_types(before.dtype, after.dtype) is after.dtype
 
 
 def without_widening(node: Any) -> Any:
-    """Return the value under a chain of widening casts."""
     """Return the value under a chain of casts that lose nothing."""
     while is_widening(node):
         node = node.args[0]
@@ -273,7 +268,6 @@ def without_widening(node: Any) -> Any:
 
 
 def is_view(node: Any) -> bool:
-    """Whether a node's result may share memory with its first argument, and holds the same values where it does not."""
     """Whether a node's result may share memory with its first argument: a view, a cast, a dropout that is off."""
     return op_name(node) in _VIEWS
 

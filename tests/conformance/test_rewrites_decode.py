@@ -150,7 +150,7 @@ def test_a_turned_weight_follows_updates_of_its_parameter():
         ("computed or written", lambda m, x: functional.linear(x, m.plain.weight * 2)),
         ("computed or written", lambda m, x: (m.plain(x), m.plain.weight.clamp_(-9, 9))),
         ("bias is computed", lambda m, x: functional.linear(x, m.plain.weight, m.row + 1)),
-        ("one contiguous value", lambda m, x: torch.addmm(m.single, x.view(2, WIDTH), m.turned)),
+        ("few rows", lambda m, x: torch.addmm(m.single, x.view(2, WIDTH), m.turned)),
         ("not of one floating dtype", lambda m, x: m.double().plain(x.double())),
         ("not a Parameter", lambda m, x: x @ m.fixed.t().contiguous().t().t() @ m.fixed),
     ],

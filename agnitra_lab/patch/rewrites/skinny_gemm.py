@@ -23,17 +23,10 @@ from agnitra_lab.contracts.kernel import Kernel
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, erase_unused
 from agnitra_lab.patch.epilogues import Epilogue, find_epilogue
+from agnitra_lab.patch.matmuls import MatMul, match_product
 from agnitra_lab.patch.norms import RMSNorm, find_rms_norms
 from agnitra_lab.patch.ops import fake_of, is_written_between, memory_root, mutated_roots
-from agnitra_lab.patch.products import (
-    Product,
-    find_product,
-    is_plain,
-    is_static,
-    keeps_rows,
-    under_views,
-    why_not_skinny,
-)
+from agnitra_lab.patch.products import is_plain, is_static, keeps_rows, under_views, why_not_skinny
 
 ACTION = "skinny_gemm"
 MAX_ROWS = 16
@@ -51,15 +44,15 @@ def apply(
     written = mutated_roots(graph_module.graph)
     kernels: dict[fx.Node, Kernel] = {}
     for node in graph_module.graph.nodes:
-        product = find_product(node)
+        product = match_product(node)
         if product is None:
             continue
         problem = why_not_skinny(product, context, written, MAX_ROWS)
-        fake = fake_of(product.x)
+        fake = fake_of(product.a)
         if problem or fake is None:
             context.refuse(ACTION, problem or "shapes are not known")
             continue
-        kernel = context.kernel(ACTION, product.shape(), fake.dtype)
+        kernel = context.kernel(ACTION, product.shape, fake.dtype)
         if kernel is not None:
             kernels[node] = kernel
     if not kernels:
@@ -79,8 +72,8 @@ def _is_read_by(value: fx.Node, products: Mapping[fx.Node, Kernel]) -> bool:
     if not value.users:
         return False
     for user in value.users:
-        product = find_product(user) if user in products else None
-        is_x = product is not None and product.x is value and value not in (product.bias, product.weight)
+        product = match_product(user) if user in products else None
+        is_x = product is not None and product.a is value and value not in (product.bias, product.b)
         if not is_x and not (keeps_rows(user) and _is_read_by(user, products)):
             return False
     return True
@@ -102,16 +95,16 @@ def _fits(norm: RMSNorm, context: RewriteContext, written: set[fx.Node]) -> bool
 class _Plan:
     """What one kernel computes: a product, perhaps the norm before it, and what follows."""
 
-    product: Product
+    product: MatMul
     x: fx.Node
     norm: RMSNorm | None
     after: Epilogue
     gone: tuple[fx.Node, ...]
 
 
-def _plan(product: Product, norms: Mapping[fx.Node, RMSNorm], moved: Mapping[fx.Node, fx.Node]) -> _Plan:
+def _plan(product: MatMul, norms: Mapping[fx.Node, RMSNorm], moved: Mapping[fx.Node, fx.Node]) -> _Plan:
     """Choose the widest fusion that reads and writes in the graph's own order."""
-    base, views = under_views(product.x)
+    base, views = under_views(product.a)
     norm = norms.get(base)
     normed = moved.get(norm.x, norm.x) if norm is not None else base
     after = find_epilogue(product.node)
@@ -120,12 +113,12 @@ def _plan(product: Product, norms: Mapping[fx.Node, RMSNorm], moved: Mapping[fx.
             continue
         chain = after if is_followed else Epilogue(product.node)
         before = norm if is_normed else None
-        x = normed if before is not None else product.x
+        x = normed if before is not None else product.a
         first = before.nodes[0] if before is not None else product.node
         inner = (*before.nodes, *views) if before is not None else ()
         if _is_in_order(x, chain, first) and is_plain(chain.final):
-            return _Plan(product, x, before, chain, (*inner, *product.inner, product.node, *chain.nodes))
-    return _Plan(product, product.x, None, Epilogue(product.node), (*product.inner, product.node))
+            return _Plan(product, x, before, chain, (*inner, *product.turns, product.node, *chain.nodes))
+    return _Plan(product, product.a, None, Epilogue(product.node), (*product.turns, product.node))
 
 
 def _is_in_order(x: fx.Node, after: Epilogue, first: fx.Node) -> bool:
@@ -140,15 +133,15 @@ def _replace(
     moved: dict[fx.Node, fx.Node],
     context: RewriteContext,
 ) -> PatchDescriptor:
-    product = find_product(node)
+    product = match_product(node)
     assert product is not None
     plan = _plan(product, norms, moved)
     final, fake = plan.after.final, fake_of(plan.after.final)
     assert fake is not None
     config = _config(plan, kernel)
     descriptor = context.describe(ACTION, final, plan.gone, f"kernel {kernel.name}", config, kernel.content_hash)
-    weight = product.weight
-    if product.is_turned:
+    weight = product.b
+    if not product.is_b_transposed:
         weight = context.derive(ACTION, [weight], _turn, final)
     x = _with_leading(plan.x, fake, final, context)
     call = context.call(final, kernel.call, x, weight, **_options(plan))
@@ -194,7 +187,7 @@ def _options(plan: _Plan) -> dict[str, Any]:
 def _config(plan: _Plan, kernel: Kernel) -> dict[str, JsonValue]:
     return {
         "kernel": kernel.config.key(),
-        "shape": list(plan.product.shape()),
+        "shape": list(plan.product.shape),
         "is_norm_fused": plan.norm is not None,
         "is_residual_fused": plan.after.residual is not None,
         "activation": plan.after.activation,
