@@ -163,9 +163,14 @@ def _in_range_of(drawn: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
 
 
 def _permute_rows(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+    bare = tensor
+    for dim, stride in enumerate(tensor.stride()):
+        # An expanded mask holds its rows once, and stays expanded: a patch is made for its strides.
+        bare = bare.narrow(dim, 0, 1) if stride == 0 else bare
+    if bare.numel() > _span(tensor):
+        return _copy(tensor)
+    rows = bare.reshape(-1, bare.shape[-1]) if bare.dim() > 1 else bare.reshape(-1, 1)
     order = torch.randperm(rows.shape[0], generator=generator, device=tensor.device)
-    permuted = rows[order].reshape(tensor.shape)
-    if any(stride == 0 for stride in tensor.stride()) or _span(tensor) != tensor.numel():
-        return permuted
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(permuted)
+    memory = tensor.new_empty(_span(tensor))
+    memory.as_strided(bare.shape, tensor.stride()).copy_(rows[order].reshape(bare.shape))
+    return memory.as_strided(tensor.shape, tensor.stride())

@@ -45,9 +45,7 @@ ACTIONS: dict[str, Action] = {
             kind="rewrite",
             summary="merge the gate and up projections of a gated MLP into one GEMM",
         ),
-        Action(
-            name="conv_bn_fold", kind="rewrite", summary="fold an eval-mode batch norm into the convolution before it"
-        ),
+        Action(name="conv_bn_fold", kind="rewrite", summary="fold an eval-mode batch norm into the layer before it"),
         Action(
             name="channels_last",
             kind="rewrite",

@@ -1,6 +1,7 @@
-"""An eval-mode batch norm right after a convolution is folded into the convolution's weight and bias.
+"""An eval-mode batch norm right after a convolution or a linear is folded into its weight and bias.
 
-Trigger: `batch_norm(conv2d(x, W, b), mean, var, gamma, beta, training=False)`, the batch norm the only user.
+Trigger: `batch_norm(layer(x, W, b), mean, var, gamma, beta, training=False)`, the batch norm the only user; the layer
+is a convolution of one to three dimensions, a transposed one without groups, or a linear over rows of features.
 Algebra: with s = gamma / sqrt(var + eps), s * (W * x + b - mean) + beta = (s W) * x + (s (b - mean) + beta).
 Guard: all weights and statistics are given to the graph, none is written in it, and training is False there; the
 folded copies follow updates of their sources. Folding is computed in float64 and rounded once.
@@ -23,6 +24,8 @@ from agnitra_lab.patch.weights import why_not_derivable
 ACTION = "conv_bn_fold"
 _BATCH_NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _BATCH_NORM_DEFAULTS = (None, None, None, None, None, False, 0.1, 1e-5)
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 def apply(
@@ -54,26 +57,35 @@ def _batch_norm_arguments(norm: fx.Node) -> dict[str, Any]:
 
 def _why_not_foldable(norm: dict[str, Any], context: RewriteContext) -> str | None:
     conv = norm["input"]
-    if op_name(conv) != "conv2d":
-        return "the batch norm does not follow a conv2d directly"
+    if not _is_layer(conv):
+        return "the batch norm does not follow a convolution or a linear directly"
     if norm["training"] is not False:
         return "the batch norm uses batch statistics (training mode, or no running statistics)"
     if len(conv.users) != 1:
-        return "the convolution's own result is used elsewhere too"
+        return "the layer's own result is used elsewhere too"
     sources = _sources(conv, norm)
     tensors = [context.real_tensor(source) for source in sources]
     problem = why_not_derivable(tensors)
     if problem:
         return problem
     if len({(tensor.dtype, tensor.device) for tensor in tensors if tensor is not None}) > 1:
-        return "convolution and batch norm differ in dtype or device"
+        return "layer and batch norm differ in dtype or device"
     if any(tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors):
         # Measured on an H100, ResNet-50 in bf16: 1.8 times eager's error against fp64.
         return "in half precision the folded weights are rounded once more, and the error grows"
     written = mutated_roots(context.graph_module.graph)
     if any(source in written for source in sources) or memory_root(conv) in written:
-        return "the graph writes to the convolution's result or to a weight"
+        return "the graph writes to the layer's result or to a weight"
     return None
+
+
+def _is_layer(node: Any) -> bool:
+    """Whether a node is a linear map of its weight whose second dimension is the output channels."""
+    name, result = op_name(node), fake_of(node)
+    if name == "linear":
+        # A batch norm of three dimensions counts the tokens of a linear as channels.
+        return result is not None and result.dim() == 2
+    return name in _CONVOLUTIONS or (name in _TRANSPOSED and argument(node, 6, "groups", 1) == 1)
 
 
 def _sources(conv: fx.Node, norm: dict[str, Any]) -> list[fx.Node]:
@@ -85,22 +97,21 @@ def _fold(norm: fx.Node, arguments: dict[str, Any], context: RewriteContext) -> 
     conv: fx.Node = arguments["input"]
     has_bias = argument(conv, 2, "bias") is not None
     present = (has_bias, arguments["weight"] is not None, arguments["bias"] is not None)
-    eps = float(arguments["eps"])
+    eps, axis = float(arguments["eps"]), int(op_name(conv) in _TRANSPOSED)
 
     def build_weight(*sources: Tensor) -> Tensor:
-        return _folded(sources, present, eps)[0]
+        return _folded(sources, present, eps, axis)[0]
 
     def build_bias(*sources: Tensor) -> Tensor:
-        return _folded(sources, present, eps)[1]
+        return _folded(sources, present, eps, axis)[1]
 
-    descriptor = context.describe(ACTION, norm, [conv, norm], "conv2d(folded weight, folded bias)", {"eps": eps})
+    replacement = f"{op_name(conv)}(folded weight, folded bias)"
+    descriptor = context.describe(ACTION, norm, [conv, norm], replacement, {"eps": eps})
     sources = _sources(conv, arguments)
-    weight = context.derive(f"{ACTION}_weight", sources, build_weight, norm, (present, eps))
-    bias = context.derive(f"{ACTION}_bias", sources, build_bias, norm, (present, eps))
-    names = ("stride", "padding", "dilation", "groups")
-    rest = {name: argument(conv, index + 3, name) for index, name in enumerate(names)}
-    kwargs = {name: value for name, value in rest.items() if value is not None}
-    folded = context.call(norm, torch.conv2d, argument(conv, 0, "input"), weight, bias, **kwargs)
+    weight = context.derive(f"{ACTION}_weight", sources, build_weight, norm, (present, eps, axis))
+    bias = context.derive(f"{ACTION}_bias", sources, build_bias, norm, (present, eps, axis))
+    kwargs = {name: value for name, value in conv.kwargs.items() if name not in ("input", "weight", "bias")}
+    folded = context.call(norm, conv.target, argument(conv, 0, "input"), weight, bias, *conv.args[3:], **kwargs)  # type: ignore[arg-type]
     folded.meta["example_value"] = fake_of(norm)
     norm.replace_all_uses_with(folded)
     context.graph_module.graph.erase_node(norm)
@@ -108,15 +119,17 @@ def _fold(norm: fx.Node, arguments: dict[str, Any], context: RewriteContext) -> 
     return descriptor
 
 
-def _folded(sources: Sequence[Tensor], present: tuple[bool, bool, bool], eps: float) -> tuple[Tensor, Tensor]:
+def _folded(
+    sources: Sequence[Tensor], present: tuple[bool, bool, bool], eps: float, axis: int
+) -> tuple[Tensor, Tensor]:
     given = iter(source.double() for source in sources)
     weight = next(given)
-    conv_bias = next(given) if present[0] else torch.zeros_like(weight[:, 0, 0, 0])
+    conv_bias = next(given) if present[0] else weight.new_zeros(weight.shape[axis])
     mean, variance = next(given), next(given)
     gamma = next(given) if present[1] else torch.ones_like(mean)
     beta = next(given) if present[2] else torch.zeros_like(mean)
     scale = gamma * torch.rsqrt(variance + eps)
-    folded_weight = weight * scale.view(-1, 1, 1, 1)
+    along = [-1 if dim == axis else 1 for dim in range(weight.dim())]
     folded_bias = (conv_bias - mean) * scale + beta
     dtype = sources[0].dtype
-    return folded_weight.to(dtype), folded_bias.to(dtype)
+    return (weight * scale.view(along)).to(dtype), folded_bias.to(dtype)

@@ -41,6 +41,10 @@ LOOKS = {
     "complex": torch.randn(6, 8, dtype=torch.complex64),
     "token ids": torch.randint(0, 50, (4, 16)),
     "bool": torch.rand(6, 8) > 0.5,
+    "expanded mask": torch.full((6, 6), -1e9).triu(1)[None, None].expand(3, 1, 6, 6),
+    "expanded bool": (torch.rand(1, 8) > 0.5).expand(6, 8),
+    "mask in a window": torch.full((9, 9), -1e9).triu(1)[1:7, 2:8],
+    "overlapping mask": torch.full((12,), -1e9).unfold(0, 4, 2),
 }
 
 

@@ -1,0 +1,119 @@
+"""Models that the optimiser was not tuned on: no rewrite raises, what they give is eager's, and the intended ones fire.
+
+The table says where a rewrite must fire; the project's own gate judges the outputs, on new inputs too. A kernel is its
+template's plain formula here. CI takes one model in four, all of them with AGNITRA_EVERY_NTH=1.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import pytest
+import torch
+from written_language import LANGUAGE
+from written_vision import VISION, with_statistics
+
+from agnitra_lab.benchmark.equivalence import check
+from agnitra_lab.contracts import Kernel, KernelConfig, Workload
+from agnitra_lab.contracts.actions import ACTIONS
+from agnitra_lab.generate import registry
+from agnitra_lab.patch.convolutions import LayoutTimes
+from agnitra_lab.patch.install import install
+from agnitra_lab.patch.rewrites import REWRITES
+from agnitra_lab.patch.survey import survey
+
+pytest.importorskip("triton")
+
+MODELS = {**LANGUAGE, **VISION}
+EVERY = int(os.environ.get("AGNITRA_EVERY_NTH", "4"))
+CHOSEN = [name for name in MODELS if EVERY == 1 or zlib.crc32(name.encode()) % EVERY == 0]
+
+FIRING: dict[str, set[str]] = {
+    "gemma": {"last_token_head", "gate_up_concat", "qkv_concat", "rms_norm", "swiglu"},
+    "neox": {"attention_by_hand", "layer_norm"},
+    "llama layer": {"attention_by_hand", "gate_up_concat", "qkv_concat", "rms_norm", "swiglu"},
+    "llama loss": {"rms_norm", "cross_entropy"},
+    "alibi by baddbmm": {"attention_by_hand"},
+    "alibi by distances": {"attention_by_hand", "qkv_concat"},
+    "t5 attention": {"attention_by_hand", "qkv_concat", "rms_norm"},
+    "bert layer": {"attention_by_hand", "qkv_concat", "layer_norm"},
+    "cross attention": {"attention_by_hand", "qkv_concat"},
+    "linear attention": {"qkv_concat"},
+    "cache by cat": {"gate_up_concat", "qkv_concat", "skinny_gemm", "decode_attention"},
+    "norm of TensorFlow": {"layer_norm"},
+    "norm by var": {"layer_norm"},
+    "norm by var_mean": {"layer_norm"},
+    "geglu by chunk": {"swiglu"},
+    "reglu by split": {"swiglu"},
+    "packed swiglu": {"swiglu"},
+    "experts in a loop": {"qkv_concat"},
+    "clip": {"skinny_gemm"},
+    "swin block": {"attention_by_hand", "layer_norm"},
+    "vit block": {"attention_by_hand", "layer_norm"},
+    "unet block": {"group_norm", "channels_last"},
+    "convnext v2": {"depthwise_conv", "channel_norm"},
+    "mobilenet v3 block": {"conv_bn_fold", "depthwise_conv"},
+    "conformer convolution": {"layer_norm", "swiglu", "depthwise_conv", "conv_bn_fold"},
+    "resnet block": {"conv_bn_fold", "channels_last"},
+    "mlp mixer": {"layer_norm"},
+    "batch norm mlp": {"conv_bn_fold"},
+    "pointnet": {"conv_bn_fold"},
+}
+"""Model -> rewrites that must fire in it, in fp32."""
+SILENT = {"annotated norm", "linear attention"}
+"""Models that look like something that a kernel computes, and are not."""
+FORBIDDEN = {"annotated norm": {"layer_norm", "rms_norm"}, "linear attention": {"attention_by_hand", "softmax"}}
+
+
+def kernel_of(template: str, shape: tuple[int, ...], dtype: str) -> Kernel:
+    config = KernelConfig(template=template, params={"BLOCK_N": 16})
+    return Kernel(config, "", "0" * 64, registry.load(template).reference)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_layouts(monkeypatch: pytest.MonkeyPatch):
+    """Let every layout change pay: what is measured on two shared cores would differ from run to run."""
+    monkeypatch.setattr(LayoutTimes, "of", lambda self, node: (2.0, 1.0))
+    monkeypatch.setattr(LayoutTimes, "conversion_ms", lambda self, fake: 0.0)
+    yield
+    torch._dynamo.reset()
+
+
+def workload_of(name: str, dtype: torch.dtype = torch.float32) -> Workload:
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    with_statistics(model).eval().to(dtype)
+    return Workload(name, model, tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs))
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_every_rewrite_together_keeps_the_outputs_and_the_intended_ones_fire(name: str) -> None:
+    workload = workload_of(name)
+    patch = install(workload, list(REWRITES), name="candidate", kernels=kernel_of, is_lowered=False)
+    log = patch.log()
+    fired = {descriptor.action for descriptor in log.descriptors}
+    assert not [refusal for refusal in log.refusals if "failed and was dropped" in refusal.reason]
+    assert fired >= FIRING.get(name, set()), log.refusals
+    assert not fired & FORBIDDEN.get(name, set())
+    found = check(workload, patch.model, seeds=(0, 1))
+    assert found.is_equivalent, found.problems
+    assert patch.model.num_guard_misses == 0
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_each_rewrite_that_a_survey_finds_keeps_the_outputs_by_itself(name: str) -> None:
+    workload = workload_of(name, torch.bfloat16)
+    found = survey(workload, list(REWRITES), kernel_of)
+    assert not [refusal for refusal in found.refusals if refusal.action == "survey"]
+    for action in sorted(found.actions):
+        torch._dynamo.reset()
+        patch = install(workload, [action], name="candidate", kernels=kernel_of, is_lowered=False)
+        verdict = check(workload, patch.model, seeds=(0,))
+        assert verdict.is_equivalent, (action, verdict.problems)
+
+
+def test_the_table_names_models_and_actions_that_exist() -> None:
+    assert set(FIRING) | set(FORBIDDEN) <= set(MODELS)
+    assert set().union(*FIRING.values()) <= set(ACTIONS)
+    assert len(MODELS) >= 40
