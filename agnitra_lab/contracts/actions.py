@@ -31,6 +31,11 @@ ACTIONS: dict[str, Action] = {
             "that skip what they hide",
         ),
         Action(
+            name="open_layers",
+            kind="rewrite",
+            summary="write nn.MultiheadAttention and nn.TransformerEncoderLayer, one call each, as steps that fuse",
+        ),
+        Action(
             name="attention_by_hand",
             kind="rewrite",
             summary="replace softmax(q k^T) v written as single steps by scaled_dot_product_attention",
@@ -44,6 +49,11 @@ ACTIONS: dict[str, Action] = {
             name="gate_up_concat",
             kind="rewrite",
             summary="merge the gate and up projections of a gated MLP into one GEMM",
+        ),
+        Action(
+            name="fold_weights",
+            kind="rewrite",
+            summary="compute once what the model makes of its weights alone at each call",
         ),
         Action(name="conv_bn_fold", kind="rewrite", summary="fold an eval-mode batch norm into the layer before it"),
         Action(

@@ -14,29 +14,40 @@ from torch import Tensor, fx
 
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext
-from agnitra_lab.patch.ops import argument, binary, fake_of, is_written_between, memory_root, mutated_roots, op_name
+from agnitra_lab.patch.matmuls import find_products
+from agnitra_lab.patch.ops import binary, fake_of, is_written_between, memory_root, mutated_roots, op_name
 from agnitra_lab.patch.weights import why_not_derivable
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear call with its arguments."""
+    """One product of an input and a weight, in any spelling.
+
+    Attributes:
+        weight: [out, in], or [in, out] unless `is_transposed`.
+    """
 
     node: fx.Node
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
+    is_transposed: bool
 
 
-def shared_input_groups(graph: fx.Graph) -> list[list[Linear]]:
-    """Return the linears of the graph grouped by input node, groups of two or more, in graph order."""
+def shared_input_groups(context: RewriteContext) -> list[list[Linear]]:
+    """Return the linears of the graph grouped by input node, groups of two or more, in graph order.
+
+    Products with what is no weight are left out of a group that has two others.
+    """
     groups: dict[fx.Node, list[Linear]] = {}
-    for node in graph.nodes:
-        if op_name(node) == "linear":
-            x, weight, bias = argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias")
-            if isinstance(x, fx.Node) and isinstance(weight, fx.Node) and not isinstance(bias, Tensor):
-                groups.setdefault(x, []).append(Linear(node, x, weight, bias))
-    return [group for group in groups.values() if len(group) > 1]
+    for found in find_products(context.graph_module.graph):
+        weight = fake_of(found.b)
+        if weight is not None and weight.dim() == 2 and found.a is not found.b:
+            linear = Linear(found.node, found.a, found.b, found.bias, found.is_b_transposed)
+            groups.setdefault(found.a, []).append(linear)
+    fitting = [[linear for linear in group if context.is_weight(linear.weight)] for group in groups.values()]
+    chosen = [fit if len(fit) > 1 else group for fit, group in zip(fitting, groups.values(), strict=True)]
+    return [group for group in chosen if len(group) > 1]
 
 
 def find_gated_pair(group: Sequence[Linear]) -> tuple[Linear, Linear] | None:
@@ -74,7 +85,7 @@ def why_not_mergeable(group: Sequence[Linear], context: RewriteContext) -> str |
     biases = [context.real_tensor(linear.bias) for linear in group if linear.bias is not None]
     if biases and len(biases) != len(group):
         return "some of the linears have a bias and some have none"
-    if any(not isinstance(weight, torch.nn.Parameter) for weight in weights):
+    if any(not context.is_weight(linear.weight) for linear in group):
         return "a weight is computed in the graph or is not a Parameter"
     if any(bias is None for bias in biases):
         return "a bias is computed in the graph"
@@ -103,11 +114,16 @@ def merge(action: str, group: Sequence[Linear], context: RewriteContext) -> Patc
         {"num_linears": len(group), "in_features": _in_features(first, context), "out_features": list(sizes)},
     )
     escaping = _escaping_roots(graph)
-    weight = context.derive(action, [linear.weight for linear in group], _concat, first.node)
+    sides = tuple(linear.is_transposed for linear in group)
+
+    def concat(*weights: Tensor) -> Tensor:
+        return torch.cat([weight if side else weight.t() for weight, side in zip(weights, sides, strict=True)])
+
+    weight = context.derive(action, [linear.weight for linear in group], concat, first.node, sides)
     bias = None
     if first.bias is not None:
         biases = [linear.bias for linear in group if linear.bias is not None]
-        bias = context.derive(f"{action}_bias", biases, _concat, first.node)
+        bias = context.derive(f"{action}_bias", biases, _joined, first.node)
     merged = context.call(first.node, torch._C._nn.linear, first.x, weight, bias)
     _record_fake(merged, fake_of(first.node), sum(sizes))
     start = 0
@@ -127,20 +143,20 @@ def merge(action: str, group: Sequence[Linear], context: RewriteContext) -> Patc
     return descriptor
 
 
-def _concat(*weights: Tensor) -> Tensor:
-    return torch.cat(weights, dim=0)
+def _joined(*biases: Tensor) -> Tensor:
+    return torch.cat(biases)
 
 
 def _out_features(linear: Linear, context: RewriteContext) -> int:
     weight = context.real_tensor(linear.weight)
     assert weight is not None
-    return int(weight.shape[0])
+    return int(weight.shape[0 if linear.is_transposed else 1])
 
 
 def _in_features(linear: Linear, context: RewriteContext) -> int:
     weight = context.real_tensor(linear.weight)
     assert weight is not None
-    return int(weight.shape[1])
+    return int(weight.shape[1 if linear.is_transposed else 0])
 
 
 def _record_fake(node: fx.Node, like: Tensor | None, width: int) -> None:

@@ -60,7 +60,7 @@ def find_moment_norms(graph: fx.Graph) -> list[MomentNorm]:
     """Return every norm whose inner values nobody else reads, in graph order of its division."""
     found = []
     for node in graph.nodes:
-        core = _match_op(node) or _match_ratio(node)
+        core = _match_op(node) or match_ratio(node)
         norm = None if core is None else _close(core)
         if norm is not None:
             found.append(norm)
@@ -108,8 +108,8 @@ def _dims(given: Any, rank: int) -> tuple[int, ...]:
     return tuple(sorted(dim % rank for dim in dims)) if rank else ()
 
 
-def _match_ratio(node: fx.Node) -> MomentNorm | None:
-    """Match numerator / root(moment), or numerator * its reciprocal root."""
+def match_ratio(node: fx.Node) -> MomentNorm | None:
+    """Match numerator / root(moment), or numerator * its reciprocal root: a norm without weight and bias."""
     operands = binary(node, "div")
     if operands is not None:
         length = _match_length(operands[1])

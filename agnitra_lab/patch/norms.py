@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from agnitra_lab.patch.moment_norms import match_ratio
 from agnitra_lab.patch.ops import argument, binary, fake_of, is_cast, is_widening, op_name, without_widening
 
 
@@ -61,60 +62,20 @@ def default_eps(dtype: torch.dtype) -> float:
 
 
 def _match_chain(node: fx.Node) -> RMSNorm | None:
-    """Match from the reciprocal root outwards: down to x, up to the product with the weight."""
-    if op_name(node) == "rsqrt" or (op_name(node) == "pow" and node.args[1:] == (-0.5,)):
-        down = _match_down(node.args[0])
-    else:
+    """Match from x / root(mean square) outwards, up to the product with the weight."""
+    core = match_ratio(node)
+    fake = fake_of(core.x) if core is not None and core.kind == "rms" else None
+    if core is None or fake is None or core.dims != (fake.dim() - 1,):
         return None
-    if down is None:
-        return None
-    squared_of, eps, inner = down
-    x = without_widening(squared_of)
-    product = _sole_user(node)
-    operands = binary(product, "mul")
-    if operands is None or product is None:
-        return None
-    scaled = operands[1] if operands[0] is node else operands[0]
-    if without_widening(scaled) is not x:
-        return None
-    up = _match_up(product)
+    up = _match_up(node)
     if up is None:
         return None
+    x = without_widening(core.x)
     weight, cast_before_weight, outer = up
-    casts = _widening_casts(squared_of) + _widening_casts(scaled)
-    members = {*casts, *inner, node, product, *outer}
+    read = {source for inner in core.nodes for source in inner.all_input_nodes if without_widening(source) is x}
+    members = {*core.nodes, *outer, *(cast for source in read for cast in _widening_casts(source))}
     ordered = tuple(member for member in node.graph.nodes if member in members)
-    return RMSNorm(x, weight, eps, cast_before_weight, outer[-1], ordered)
-
-
-def _match_down(node: Any) -> tuple[fx.Node, float, list[fx.Node]] | None:
-    """Match mean(square(h), last dim, keepdim) + eps; return h, eps and the nodes."""
-    operands = binary(node, "add")
-    if operands is None:
-        return None
-    mean, eps = operands if isinstance(operands[0], fx.Node) else operands[::-1]
-    if op_name(mean) != "mean" or not isinstance(eps, (int, float)) or argument(mean, 1, "dim") is None:
-        return None
-    fake = fake_of(mean.args[0])
-    dims = argument(mean, 1, "dim")
-    dims = (dims,) if isinstance(dims, int) else tuple(dims)
-    if fake is None or dims not in ((-1,), (fake.dim() - 1,)) or argument(mean, 2, "keepdim", False) is not True:
-        return None
-    if mean.kwargs.get("dtype") is not None:
-        return None
-    square = mean.args[0]
-    base = _squared(square)
-    return None if base is None else (base, float(eps), [square, mean, node])
-
-
-def _squared(node: Any) -> fx.Node | None:
-    if op_name(node) == "square" or (op_name(node) == "pow" and argument(node, 1, "exponent") in (2, 2.0)):
-        base = node.args[0]
-        return base if isinstance(base, fx.Node) else None
-    operands = binary(node, "mul")
-    if operands and operands[0] is operands[1] and isinstance(operands[0], fx.Node):
-        return operands[0]
-    return None
+    return RMSNorm(x, weight, core.eps, cast_before_weight, outer[-1], ordered)
 
 
 def _match_up(product: fx.Node) -> tuple[fx.Node, bool, list[fx.Node]] | None:

@@ -140,6 +140,14 @@ RULES: tuple[Rule, ...] = (
         "4096 bf16: eager 0.31 TB/s, max-autotune 3.94 TB/s, which is the device's copy bandwidth at that size.",
     ),
     Rule(
+        name="weights_ahead",
+        action="fold_weights",
+        applies=lambda s: True,
+        expected_share_saved=lambda s: 0.02,
+        reason="What depends on weights alone (1 + weight of a norm, weight norm, a bias of relative positions) is the "
+        "same at each call; the saving is its kernels, an estimate until it is measured here.",
+    ),
+    Rule(
         name="conv_bn",
         action="conv_bn_fold",
         applies=lambda s: True,
@@ -199,6 +207,14 @@ RULES: tuple[Rule, ...] = (
         expected_share_saved=lambda s: 0.1 * s.share_inside("transformer_attention", evidence.ATTENTION_OPS),
         reason="Which attention backend is fastest depends on shape and mask (pytorch issue 138907). Measured on one "
         "H200 (torch 2.11), causal B4 H32 S2048 D128 bf16: flash 0.484 ms, cuDNN 0.284; the default was cuDNN there.",
+    ),
+    _share_rule(
+        "attention_modules",
+        "open_layers",
+        evidence.ATTENTION_BY_HAND_OPS | evidence.ATTENTION_OPS,
+        0.3,
+        "nn.MultiheadAttention writes its scores to memory where its weights are asked for, by default and read by "
+        "nobody (KernelBench level 3, problem 31); an encoder layer's one call cannot fuse with what is around it.",
     ),
     _share_rule(
         "fused_attention",

@@ -93,6 +93,7 @@ class Net(nn.Module):
         self.other = nn.Linear(WIDTH, 7)
         self.square = nn.Linear(WIDTH, WIDTH, bias=False)
         self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.tall = nn.Parameter(torch.randn(WIDTH, 7))
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.plain_conv = nn.Conv2d(3, 4, 3, stride=2, bias=False)
         self.grouped_conv = nn.Conv2d(4, 4, 3, groups=2)
@@ -134,8 +135,10 @@ IMAGE = x_of(2, 3, 9, 7)
         ),
         lambda m, x: (m.biased(x).relu(), m.other(x).relu()),
         lambda m, x: m.a(x).mul_(2) + m.b(x),
+        lambda m, x: x @ m.a.weight.T + torch.matmul(x, m.b.weight.t()),
+        lambda m, x: (x @ m.tall).relu() + m.a(x),
     ],
-    ids=["modules", "functions", "biases", "a result written in place"],
+    ids=["modules", "functions", "biases", "a result written in place", "matmul", "a turned weight"],
 )
 @pytest.mark.parametrize("shape", [(2, 5, WIDTH), (1, WIDTH), (WIDTH,)])
 def test_linears_with_one_input_become_one(function, shape):
@@ -258,6 +261,20 @@ SPELLINGS: dict[str, tuple[Any, bool]] = {
             m.weight * (x.float() * (1e-6 + x.float().pow(2).mean(dim=(-1,), keepdim=True)).pow(-0.5)).to(x.dtype)
         ),
         True,
+    ),
+    "divided by the root": (
+        lambda m, x: m.weight * (x.float() / torch.sqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype),
+        True,
+    ),
+    "one over the root": (
+        lambda m, x: (
+            m.weight * (x.float() * (1 / (torch.mean(x.float() ** 2, -1, keepdim=True) + 1e-6).sqrt())).type_as(x)
+        ),
+        True,
+    ),
+    "one plus the weight": (
+        lambda m, x: (x.float() * chain(x.float(), lambda h: h.pow(2)) * (1.0 + m.weight.float())).to(x.dtype),
+        False,
     ),
     "F.rms_norm": (lambda m, x: functional.rms_norm(x, (WIDTH,), m.weight, 1e-6), False),
     "nn.RMSNorm": (lambda m, x: m.rms(x), False),

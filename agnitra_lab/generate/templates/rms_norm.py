@@ -203,7 +203,7 @@ def launch(
     Args:
         params: BLOCK_N, ROWS_PER_PROGRAM, num_warps, num_stages.
         x: [..., N] floating tensor on a CUDA device (any device in the interpreter).
-        weight: [N], the dtype of x.
+        weight: [N], the dtype of x or float32.
         eps: added to the mean of squares.
         residual: None, or a tensor of x's shape and dtype that is added to x first.
         cast_before_weight: where values are rounded; see the module.
@@ -300,8 +300,8 @@ def reference(
     summed = x if residual is None else x + residual
     wide = summed if summed.dtype == torch.float64 else summed.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    out = normed.to(x.dtype) * weight if cast_before_weight else (normed * weight.to(normed.dtype)).to(x.dtype)
-    return out if residual is None else (out, summed)
+    out = normed.to(x.dtype) * weight if cast_before_weight else normed * weight.to(normed.dtype)
+    return out.to(x.dtype) if residual is None else (out.to(x.dtype), summed)
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> str | None:
@@ -312,8 +312,8 @@ def supports(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | Non
         return f"rms_norm needs at least one value, not shape {tuple(x.shape)}"
     if tuple(weight.shape) != (x.shape[-1],) or weight.stride(0) != 1:
         return f"rms_norm needs a contiguous weight of shape ({x.shape[-1]},), not {tuple(weight.shape)}"
-    if weight.dtype != x.dtype:
-        return f"rms_norm needs a weight of x's dtype {x.dtype}, not {weight.dtype}"
+    if weight.dtype not in (x.dtype, torch.float32):
+        return f"rms_norm needs a weight of x's dtype {x.dtype} or of float32, not {weight.dtype}"
     if residual is not None and (tuple(residual.shape) != tuple(x.shape) or residual.dtype != x.dtype):
         expected, given = f"{tuple(x.shape)} {x.dtype}", f"{tuple(residual.shape)} {residual.dtype}"
         return f"rms_norm needs a residual like x, {expected}, not {given}"

@@ -1,10 +1,13 @@
 """Graph rewrites, one a file: Dynamo-level graph and inputs -> the same graph, changed, and patch descriptors."""
 
 _ORDER = (
-    # What makes the graph smaller comes first.
+    # What makes the graph smaller comes first; weights that were computed are weights for all others.
+    "fold_weights",
     "conv_bn_fold",
     "last_token_head",
     "linear_algebra",
+    # Steps that torch keeps in one call are there for all that follows.
+    "open_layers",
     "attention_by_hand",
     # Gate and up pair off before the other shared linears merge.
     "gate_up_concat",

@@ -1,7 +1,7 @@
 """The gate and up projections of a gated MLP become one linear with a concatenated weight.
 
-Trigger: two `linear` calls on the same input whose results meet directly in act(gate) * up, where act is silu, gelu
-or x * sigmoid(x).
+Trigger: two products with weights on the same input whose results meet directly in act(gate) * up, where act is silu,
+gelu or x * sigmoid(x).
 Algebra and guard: as in `qkv_concat`.
 Source: GLU variants (Shazeer, arXiv 2002.05202, section 2); horizontal GEMM fusion.
 """
@@ -30,7 +30,7 @@ def apply(
     """
     descriptors = []
     num_pairs = 0
-    for group in shared_input_groups(graph_module.graph):
+    for group in shared_input_groups(context):
         pair = find_gated_pair(group)
         if pair is None:
             continue

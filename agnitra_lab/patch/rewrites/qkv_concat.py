@@ -1,6 +1,7 @@
 """Linears that read one input become one linear with a concatenated weight.
 
-Trigger: two or more `linear` calls on the same input node, less the gate and up pair of a gated MLP.
+Trigger: two or more products with weights (linear, `x @ W`, addmm, einsum) on the same input node, less the gate and up
+pair of a gated MLP.
 Algebra: x @ A.T and x @ B.T are the column blocks of x @ concat(A, B).T; each output element is the same dot product.
 Guard: weights are Parameters with version counters, of one dtype, all with or all without bias, and neither they nor
 the input are written in between; the concatenated copy follows updates of its sources.
@@ -31,7 +32,7 @@ def apply(
     """
     descriptors = []
     num_groups = 0
-    for group in shared_input_groups(graph_module.graph):
+    for group in shared_input_groups(context):
         pair = find_gated_pair(group)
         rest = [linear for linear in group if pair is None or linear not in pair]
         if len(rest) < 2:

@@ -1,9 +1,9 @@
 """RMSNorm, written as an op or by hand, with the residual add before it, becomes one kernel.
 
-Trigger: F.rms_norm, or x * rsqrt(mean(x*x, last dim) + eps) * weight with optional casts (`agnitra_lab.patch.norms`);
+Trigger: F.rms_norm, or x / sqrt(mean(x*x, last dim) + eps) * weight with optional casts (`agnitra_lab.patch.norms`);
 when x is the sum of two tensors of one shape, the sum is the kernel's second output and its other users read that.
 Algebra: the same formula with sums in float32; `cast_before_weight` keeps the place where values are rounded.
-Guard: x is contiguous, weight and result have x's dtype, nothing writes x in between.
+Guard: x is contiguous, the result has x's dtype and the weight that or float32, nothing writes x in between.
 Source: RMSNorm (Zhang and Sennrich, arXiv 1910.07467, section 4); fused residual add as in Liger Kernel and vLLM.
 """
 
@@ -14,6 +14,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pydantic import JsonValue
 from torch import fx
 
@@ -59,7 +60,7 @@ def _why_not(norm: RMSNorm, x: fx.Node) -> str | None:
     fake, weight, result = fake_of(x), fake_of(norm.weight), fake_of(norm.result)
     if fake is None or weight is None or result is None:
         return "shapes are not known"
-    if not weight.dtype == fake.dtype == result.dtype:
+    if fake.dtype != result.dtype or weight.dtype not in (fake.dtype, torch.float32):
         return f"x, weight and result differ in dtype ({fake.dtype}, {weight.dtype}, {result.dtype})"
     if tuple(weight.shape) != tuple(fake.shape[-1:]) or result.shape != fake.shape:
         return "the weight is not one value per element of the last dimension"
