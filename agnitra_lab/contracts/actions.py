@@ -128,6 +128,12 @@ ACTIONS: dict[str, Action] = {
             summary="one Triton kernel for the loss of each token, which reads each logit once",
         ),
         Action(
+            name="linear_cross_entropy",
+            kind="template",
+            needs_cuda=True,
+            summary="two Triton kernels for a head and the loss of its logits, which are never in memory",
+        ),
+        Action(
             name="cumsum",
             kind="template",
             needs_cuda=True,

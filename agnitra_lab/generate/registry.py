@@ -21,6 +21,7 @@ TEMPLATES: dict[str, str] = {
     "swiglu": "agnitra_lab.generate.templates.swiglu",
     "softmax": "agnitra_lab.generate.templates.softmax",
     "cross_entropy": "agnitra_lab.generate.templates.cross_entropy",
+    "linear_cross_entropy": "agnitra_lab.generate.templates.linear_cross_entropy",
     "cumsum": "agnitra_lab.generate.templates.cumsum",
     "split_gemm": "agnitra_lab.generate.templates.split_gemm",
 }

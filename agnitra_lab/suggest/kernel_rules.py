@@ -225,6 +225,7 @@ RULES: dict[str, KernelRule] = {
     "depthwise_conv": _depthwise_conv,
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
+    "linear_cross_entropy": product_rules.linear_cross_entropy,
     "rms_norm": _rms_norm,
     "skinny_gemm": product_rules.skinny_gemm,
     "softmax": _softmax,

@@ -53,6 +53,8 @@ def shared_memory_bytes(template: str, params: Target, situation: KernelSituatio
     size = situation.itemsize
     if template == "split_gemm":
         return 4 * (params["BLOCK_M"] + params["BLOCK_N"]) * params["BLOCK_K"] * stages
+    if template == "linear_cross_entropy":
+        return (params["BLOCK_M"] + params["BLOCK_N"]) * params["BLOCK_K"] * size * stages
     if template == "decode_attention":
         return 2 * params["BLOCK_N"] * max(16, next_power_of_two(situation.shape[-1])) * size * stages
     if template == "skinny_gemm":

@@ -105,3 +105,21 @@ def split_gemm(s: KernelSituation) -> list[Target]:
         base, {**base, "K_CHUNK": 128}, {**base, "GROUP_M": 4}, deep, {**base, "num_stages": 2}, other,
         {**base, "BLOCK_M": 64, "BLOCK_N": 256, "num_warps": 8, "num_stages": 2}, {**deep, "num_stages": 4},
     ]  # fmt: skip
+
+
+def linear_cross_entropy(s: KernelSituation) -> list[Target]:
+    """Two programs a multiprocessor, so that one multiplies while the other reduces; then wide tiles: not measured.
+
+    ptxas for sm_90: 128 x 128 takes 128 registers with 8 warps, 128 x 256 takes 182, both without spills.
+    """
+    num_tokens, _, _ = s.shape
+    block_m = min(128, max(16, next_power_of_two(num_tokens)))
+    split = next_power_of_two(max(1, 4 * s.device.num_multiprocessors // -(-num_tokens // block_m)))
+    warps, stages = (8, 3) if block_m == 128 else (4, 4)
+    base = {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": split, "FLATTEN": 1, "num_warps": warps,
+            "num_stages": stages}  # fmt: skip
+    wide = {**base, "BLOCK_N": 256, "num_warps": 8, "num_stages": 3}
+    return [
+        base, wide, {**wide, "FLATTEN": 2}, {**base, "num_warps": 4}, {**wide, "SPLIT": max(1, split // 2)},
+        {**base, "BLOCK_M": 64, "BLOCK_N": 256, "num_warps": 4}, {**base, "FLATTEN": 2}, {**base, "SPLIT": 2 * split},
+    ]  # fmt: skip

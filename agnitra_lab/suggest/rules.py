@@ -310,6 +310,14 @@ RULES: tuple[Rule, ...] = (
         "arXiv:2410.10989).",
     ),
     _share_rule(
+        "no_logits",
+        "linear_cross_entropy",
+        evidence.LOSS_OPS,
+        0.8,
+        "The loss of a head's logits needs no logits in memory: each tile of the product is reduced where it is made "
+        "(Wijmans et al. 2024, arXiv:2411.09009). What it saves is their write and read, an estimate until measured.",
+    ),
+    _share_rule(
         "running_sums",
         "cumsum",
         evidence.SCAN_OPS,

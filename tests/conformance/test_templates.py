@@ -14,6 +14,7 @@ SUITES = {
     "cached_attention_in_interpreter.py": 20,
     "decode_in_interpreter.py": 10,
     "depthwise_in_interpreter.py": 12,
+    "losses_in_interpreter.py": 8,
     "norms_in_interpreter.py": 10,
     "rows_in_interpreter.py": 10,
     "split_gemm_in_interpreter.py": 5,

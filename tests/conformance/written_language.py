@@ -417,6 +417,7 @@ KEEP = torch.ones(B, S, dtype=torch.long).index_fill(1, torch.tensor([S - 2, S -
 CAUSAL = torch.full((S, S), torch.finfo(torch.float32).min).triu(1)[None, None].expand(B, 1, S, S)
 
 LANGUAGE: dict[str, Callable[[], Built]] = {
+    "linear attention": lambda: (LinearAttention(), (hidden(),)),
     "gemma": lambda: (Gemma(), (tokens(),)),
     "neox": lambda: (ParallelBlock(), (hidden(),)),
     "llama layer": lambda: (LlamaLayer(), (hidden(), CAUSAL)),
@@ -426,7 +427,6 @@ LANGUAGE: dict[str, Callable[[], Built]] = {
     "t5 attention": lambda: (T5Attention(), (hidden(), KEEP)),
     "bert layer": lambda: (BertLayer(), (hidden(), KEEP)),
     "cross attention": lambda: (CrossAttention(), (hidden(), hidden(B, 7, E, seed=3))),
-    "linear attention": lambda: (LinearAttention(), (hidden(),)),
     "cache by cat": lambda: (CatCacheStep(), (hidden(B, 1, E), hidden(B, G, 9, D), hidden(B, G, 9, D, seed=4))),
     "encoder layer of torch": lambda: (
         nn.TransformerEncoderLayer(E, H, 2 * E, batch_first=True, norm_first=True, activation="gelu"), (hidden(),)

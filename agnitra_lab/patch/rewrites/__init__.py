@@ -25,7 +25,8 @@ _ORDER = (
     "sdpa_backend",
     # Products that no rewrite above has taken.
     "split_gemm",
-    # A loss takes its log-softmax along before softmaxes are looked for.
+    # A loss takes its head along where that pays, and its log-softmax before softmaxes are looked for.
+    "linear_cross_entropy",
     "cross_entropy",
     "softmax",
     "cumsum",

@@ -47,7 +47,9 @@ _REDUCTIONS = {"none": "none", "mean": "mean", "sum": "sum", 0: "none", 1: "mean
 
 
 @dataclass(frozen=True)
-class _Loss:
+class Loss:
+    """One cross-entropy: its logits, its classes and how they count."""
+
     x: fx.Node
     target: fx.Node
     rules: dict[str, Any]
@@ -70,7 +72,7 @@ def apply(
     descriptors = []
     num_found = 0
     for node in list(graph_module.graph.nodes):
-        found = _match(node)
+        found = match_loss(node)
         if found is None:
             continue
         num_found += 1
@@ -95,7 +97,7 @@ def apply(
     return descriptors
 
 
-def _match(node: fx.Node) -> _Loss | str | None:
+def match_loss(node: fx.Node) -> Loss | str | None:
     """Match one spelling of a loss; a text says why a loss that is there cannot be taken."""
     name = op_name(node)
     if name == "gather":
@@ -120,14 +122,14 @@ def _match(node: fx.Node) -> _Loss | str | None:
     }
     class_dim = fake.dim() - 1 if fake.dim() == 2 else 1
     if name == "cross_entropy":
-        return _Loss(x, target, rules, node, (node,), class_dim)
+        return Loss(x, target, rules, node, (node,), class_dim)
     if op_name(x) != "log_softmax":
         return "the nll_loss does not follow a log_softmax directly"
     problem = _why_not_log_softmax(x, class_dim)
-    return problem or _Loss(argument(x, 0, "input"), target, rules, node, (x, node), class_dim)
+    return problem or Loss(argument(x, 0, "input"), target, rules, node, (x, node), class_dim)
 
 
-def _match_gather(node: fx.Node) -> _Loss | str | None:
+def _match_gather(node: fx.Node) -> Loss | str | None:
     x, index = argument(node, 0, "input"), argument(node, 2, "index")
     if op_name(x) != "log_softmax" or not is_last_dim(argument(node, 1, "dim"), x):
         return None
@@ -137,7 +139,7 @@ def _match_gather(node: fx.Node) -> _Loss | str | None:
     rules = {"ignore_index": _DEFAULTS["ignore_index"], "label_smoothing": 0.0, "reduction": "none"}
     class_dim = fake.dim() - 1
     problem = _why_not_log_softmax(x, class_dim)
-    return problem or _Loss(argument(x, 0, "input"), index, rules, node, (x, node), class_dim, is_gather=True)
+    return problem or Loss(argument(x, 0, "input"), index, rules, node, (x, node), class_dim, is_gather=True)
 
 
 def _why_not_log_softmax(node: fx.Node, class_dim: int) -> str | None:
@@ -150,7 +152,7 @@ def _why_not_log_softmax(node: fx.Node, class_dim: int) -> str | None:
     return "the log_softmax is used elsewhere too" if len(node.users) != 1 else None
 
 
-def _merges(found: _Loss) -> list[fx.Node]:
+def _merges(found: Loss) -> list[fx.Node]:
     """Return the nodes that only put the tokens' rows one after another, outermost first."""
     x = fake_of(found.x)
     nodes: list[fx.Node] = []
@@ -166,7 +168,7 @@ def _merges(found: _Loss) -> list[fx.Node]:
     return nodes
 
 
-def _why_not(found: _Loss, source: Widened, merged: Sequence[fx.Node]) -> str | None:
+def _why_not(found: Loss, source: Widened, merged: Sequence[fx.Node]) -> str | None:
     logits, x, result = source.fake(), fake_of(found.x), fake_of(found.result)
     if logits is None or x is None or result is None:
         return "shapes are not known"
@@ -185,7 +187,7 @@ def _why_not(found: _Loss, source: Widened, merged: Sequence[fx.Node]) -> str | 
 
 
 def _replace(
-    found: _Loss, source: Widened, gone: Sequence[fx.Node], kernel: Kernel, context: RewriteContext
+    found: Loss, source: Widened, gone: Sequence[fx.Node], kernel: Kernel, context: RewriteContext
 ) -> PatchDescriptor:
     result, x = fake_of(found.result), fake_of(found.x)
     assert result is not None and x is not None

@@ -71,7 +71,7 @@ def _readings(product: MatMul) -> list[_Reading]:
     while pending:
         value, chain = pending.pop()
         for user in value.users:
-            if _row_index(user, value):
+            if is_row_index(user, value):
                 found.append(_Reading(chain, user))
             elif _is_elementwise(user, value):
                 pending.append((user, (*chain, user)))
@@ -80,7 +80,7 @@ def _readings(product: MatMul) -> list[_Reading]:
     return found
 
 
-def _row_index(node: fx.Node, value: fx.Node) -> bool:
+def is_row_index(node: fx.Node, value: fx.Node) -> bool:
     """Whether a node only picks among the leading dimensions of `value`."""
     fake, name = fake_of(value), op_name(node)
     if fake is None or node.args[:1] != (value,) or sum(used is value for used in node.all_input_nodes) != 1:

@@ -129,3 +129,21 @@ def test_splitting_moves_16_bytes_a_thread_and_access_on_hopper(name: str) -> No
     accesses = set(re.findall(r"(?:ld|st)\.global[\w.:]*", made.asm["ptx"]))
     # Exponents and largest values are one number a row.
     assert {access.partition("global.")[2] for access in accesses if access != "st.global.b32"} == {"v4.b32"}
+
+
+@pytest.mark.parametrize("flatten", [1, 2])
+@pytest.mark.parametrize("block_n", [128, 256])
+def test_a_heads_loss_multiplies_on_the_tensor_cores_and_stores_no_logits(block_n: int, flatten: int) -> None:
+    _, parts, join = registry.load("linear_cross_entropy").kernel
+    types = {"x_desc": "tensordesc<bf16[128, 64]>", "weight_desc": f"tensordesc<bf16[{block_n}, 64]>"}
+    types |= {"bias_ptr": "*bf16", "target_ptr": "*i64", "plane": "i64"}
+    constants = {"HAS_BIAS": True, "HAS_SMOOTHING": False, "BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 64}
+    constants |= {"SPLIT": 8, "FLATTEN": flatten, "NUM_STAGES": 3}
+    made = compile_for_hopper(parts, types, constants, 8, 3)
+    text = made.asm["ptx"]
+    assert text.count("wgmma.mma_async") >= 4 and text.count("cp.async.bulk.tensor") >= 4
+    # Three numbers a token and part, each of 128 tokens, by 8 warps.
+    assert text.count("st.global") <= 3
+    join_types = {"target_ptr": "*i64", "plane": "i64", "smoothing": "fp32"}
+    shape = {"HAS_SMOOTHING": True, "SPLIT": 8, "BLOCK_SPLIT": 8, "BLOCK_T": 128}
+    assert "ld.global.v4.b32" in compile_for_hopper(join, join_types, shape, 4, 1).asm["ptx"]

@@ -27,7 +27,7 @@ OTHER_POINTS = {
 SITES = {
     "skinny_gemm": (1, 64, 512), "decode_attention": (1, 2, 4, 300, 64),
     "cached_attention": (1, 2, 4, 300, 64), "channel_norm": (4, 6, 10),
-    "group_norm": (4, 6, 10), "split_gemm": (1, 128, 128, 128),
+    "group_norm": (4, 6, 10), "split_gemm": (1, 128, 128, 128), "linear_cross_entropy": (300, 64, 2000),
     "depthwise_conv": (2, 4, 1, 6, 8, 1, 3, 3, 1, 1, 1, 1, 1, 1, 2),
 }  # fmt: skip
 

@@ -26,6 +26,9 @@ SITES = {
     "cached_attention": ATTENTIONS,
     "decode_attention": ATTENTIONS,
     "split_gemm": st.tuples(*[st.integers(1, 5000)] * 4),
+    "linear_cross_entropy": st.tuples(
+        st.integers(1, 5000), st.integers(1, 600).map(lambda k: 8 * k), st.integers(1, 5000)
+    ),
     # Images and channels, three extents, three of taps, strides and dilations each, the layout.
     "depthwise_conv": st.tuples(
         *[st.integers(1, 500)] * 5, *[st.integers(1, 64)] * 3, *[st.integers(1, 4)] * 6, st.integers(1, 2)
@@ -35,13 +38,15 @@ SITES = {
 SHAPES = {
     "channel_norm": (4, 6, 10), "group_norm": (4, 6, 10), "skinny_gemm": (4, 8, 8),
     "cached_attention": (1, 2, 4, 8, 8), "decode_attention": (1, 2, 4, 8, 8), "split_gemm": (1, 16, 16, 16),
-    "depthwise_conv": (2, 4, 1, 6, 8, 1, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    "depthwise_conv": (2, 4, 1, 6, 8, 1, 3, 3, 1, 1, 1, 1, 1, 1, 1), "linear_cross_entropy": (4, 16, 40),
 }  # fmt: skip
 ROWS = st.lists(st.integers(1, 5000), min_size=1, max_size=3).map(tuple)
 sites = st.sampled_from(NAMES).flatmap(lambda name: st.tuples(st.just(name), SITES.get(name, ROWS)))
 
 
 def dtypes_of(name: str) -> tuple[str, ...]:
+    if name == "linear_cross_entropy":
+        return "bfloat16", "float16"
     return ("float32",) if name == "split_gemm" else DTYPES
 
 
@@ -159,7 +164,8 @@ def test_supports_says_why_rms_norm_cannot_take_a_call() -> None:
     assert supports(x, weight) is None
     assert supports(x, weight, torch.empty(2, 8)) is None
     assert "not torch.float64" in supports(x.double(), weight.double())
-    assert "weight of x's dtype" in supports(x.half(), weight)
+    assert supports(x.half(), weight) is None, "a weight in float32 is taken"
+    assert "weight of x's dtype" in supports(x.half(), weight.bfloat16())
     assert "weight of shape (8,)" in supports(x, torch.empty(7))
     assert "contiguous weight" in supports(x, torch.empty(16)[::2])
     assert "residual like x" in supports(x, weight, torch.empty(1, 8))
@@ -400,3 +406,27 @@ def test_fake_products_have_the_shape_of_real_ones() -> None:
         for output in outputs:
             assert (tuple(output.shape), output.dtype) == ((2, 4, 6), torch.float32)
             assert output.is_contiguous()
+
+
+def test_linear_cross_entropy_takes_heads_of_half_precision() -> None:
+    template = registry.load("linear_cross_entropy")
+    with pytest.raises(TemplateError, match="not float32"):
+        template.space((4, 16, 40), "float32")
+    with pytest.raises(TemplateError, match="multiple of 8 values, not 12"):
+        template.space((4, 12, 40), "bfloat16")
+    with pytest.raises(TemplateError, match="3 numbers"):
+        template.space((4, 16), "bfloat16")
+
+
+def test_supports_says_why_linear_cross_entropy_cannot_take_a_call() -> None:
+    supports = registry.load("linear_cross_entropy").supports
+    x, weight = torch.empty(2, 3, 16, dtype=torch.float16), torch.empty(40, 16, dtype=torch.float16)
+    target = torch.zeros(2, 3, dtype=torch.int64)
+    assert supports(x, weight, target) is supports(x, weight, target, torch.empty(40)) is None
+    assert "bfloat16 or float16" in supports(x.float(), weight.float(), target)
+    assert "bfloat16 or float16" in supports(x, weight.bfloat16(), target)
+    assert "weight [V, K]" in supports(x, weight[:, :8], target)
+    assert "multiple of 16 bytes" in supports(x, torch.empty(16, 40, dtype=torch.float16).t(), target)
+    assert "int64 classes" in supports(x, weight, target.int())
+    assert "int64 classes" in supports(x, weight, target[0])
+    assert "contiguous bias" in supports(x, weight, target, torch.empty(39))
