@@ -63,6 +63,12 @@ ACTIONS: dict[str, Action] = {
             summary="run convolutions with the channels innermost where that measures faster, weights laid out once",
         ),
         Action(
+            name="pointwise_conv",
+            kind="rewrite",
+            is_measured=True,
+            summary="run convolutions with a single tap as matrix products where that measures faster",
+        ),
+        Action(
             name="keep_eager",
             kind="rewrite",
             summary="keep recurrent layers, and convolutions that compile badly, on their own library kernel in the "

@@ -121,8 +121,11 @@ class Backend:
         pristine = _Snapshot(graph_module)
         dropped: dict[str, Refusal] = {}
         while True:
-            context = RewriteContext(graph_module, example_inputs, self.kernels, self._shared, dict(self._ordinals))
-            failed, descriptors = _apply_all([name for name in self.actions if name not in dropped], context)
+            actions = [name for name in self.actions if name not in dropped]
+            context = RewriteContext(
+                graph_module, example_inputs, self.kernels, self._shared, dict(self._ordinals), actions
+            )
+            failed, descriptors = _apply_all(actions, context)
             if failed is None:
                 break
             dropped[failed.action] = failed

@@ -38,6 +38,7 @@ class RewriteContext:
 
     Attributes:
         graph_module: the graph being rewritten.
+        actions: every action that is applied to the graph, in any order.
         guard: checks derived weights before each call of this graph.
         refusals: what was not done, with the reason.
     """
@@ -49,8 +50,10 @@ class RewriteContext:
         kernels: KernelSource | None,
         shared: dict[tuple[Any, ...], DerivedWeight] | None = None,
         ordinals: dict[str, int] | None = None,
+        actions: Collection[str] = (),
     ) -> None:
         self.graph_module = graph_module
+        self.actions = frozenset(actions)
         self.example_inputs = example_inputs
         self._kernels = kernels
         self.guard = WeightGuard()

@@ -65,7 +65,7 @@ class LayoutTimes:
         """Return the time of a copy from one layout to the other."""
         key = ("copy", tuple(fake.shape), fake.dtype, fake.device)
         if key not in self._known:
-            with _real_tensors():
+            with real_tensors():
                 x = _random(fake, torch.contiguous_format)
                 time = time_ms(lambda: x.contiguous(memory_format=CHANNELS_LAST[x.dim()]), x.device)
             self._known[key] = (time or 0.0, 0.0)
@@ -82,14 +82,22 @@ class LayoutTimes:
 
 def _time_ms(node: fx.Node, device: torch.device, memory_format: torch.memory_format) -> float | None:
     target: Any = node.target
-    with _real_tensors(), searched_algorithms():
+    with real_tensors(), searched_algorithms():
         given: Any = fx.map_arg((node.args, dict(node.kwargs)), lambda source: _random(fake_of(source), memory_format))
         args, kwargs = given
         return time_ms(lambda: target(*args, **kwargs), device)
 
 
+def random_like(fake: Tensor) -> Tensor:
+    """Return random values in the layout of a fake tensor. Call it within `real_tensors`."""
+    shape = tuple(int(size) for size in fake.shape)
+    room = torch.empty_strided(shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+    return room.copy_(torch.randn(shape, device=fake.device))
+
+
 @contextmanager
-def _real_tensors() -> Iterator[None]:
+def real_tensors() -> Iterator[None]:
+    """Make tensors with values, in a process that traces."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():

@@ -278,6 +278,14 @@ RULES: tuple[Rule, ...] = (
         "Tensor cores read channels last. Measured on one H200: conv3d 128 to 128 channels, 1.2 to 1.3 times as fast.",
     ),
     _share_rule(
+        "one_tap",
+        "pointwise_conv",
+        evidence.CONV_OPS,
+        0.05,
+        "A convolution with a single tap is a matrix product on the same memory, and the matrix library is often the "
+        "faster; each is measured where it stands, so the share is an estimate.",
+    ),
+    _share_rule(
         "channel_by_channel",
         "depthwise_conv",
         evidence.CONV_OPS,

@@ -33,6 +33,7 @@ _ORDER = (
     # Layouts last, around what the convolutions have become.
     "channels_last",
     # In the layout that they have now.
+    "pointwise_conv",
     "depthwise_conv",
     "keep_eager",
 )

@@ -5,7 +5,7 @@ Algebra: none; only strides change. Inductor lays out conv2d by a rule of thumb,
 leaves conv3d as it is.
 Guard: each distinct convolution is measured in both layouts, all of one rank move together, and only when the sum with
 the copies at the borders is more than 3% faster; laid-out weights follow updates of their sources; results that leave
-the graph keep their strides.
+the graph keep their strides. Convolutions that `depthwise_conv` is to take, in either layout, follow the others.
 Source: PyTorch's channels-last memory format; cuDNN's NHWC kernels.
 """
 
@@ -23,6 +23,7 @@ from agnitra_lab.patch.context import RewriteContext, infer
 from agnitra_lab.patch.convolutions import LayoutTimes, find_convolutions, is_channels_last
 from agnitra_lab.patch.layouts import CHANNELS_LAST, LayoutFlow
 from agnitra_lab.patch.ops import argument, fake_of, mutated_roots, op_name
+from agnitra_lab.patch.rewrites import depthwise_conv
 from agnitra_lab.patch.weights import why_not_derivable
 
 ACTION = "channels_last"
@@ -59,6 +60,8 @@ def apply(
 
 def _why_not(node: fx.Node, context: RewriteContext) -> str | None:
     x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+    if depthwise_conv.ACTION in context.actions and depthwise_conv.is_takeable(node):
+        return "a convolution is depthwise, and its own kernel takes either layout"
     if is_channels_last(fake_of(x)) and is_channels_last(fake_of(weight)):
         return "the convolution has its channels innermost already"
     problem = why_not_derivable([context.real_tensor(weight)])

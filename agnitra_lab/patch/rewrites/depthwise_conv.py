@@ -104,15 +104,24 @@ def _is_depthwise(node: fx.Node) -> bool:
     return isinstance(groups, int) and groups == x.shape[1] and groups > 1
 
 
+def is_takeable(node: fx.Node) -> bool:
+    """Whether a convolution is depthwise and of a form that the kernel takes."""
+    return _is_depthwise(node) and _problem(node) is None
+
+
+def _problem(node: fx.Node) -> str | None:
+    x, weight, bias = (fake_of(argument(node, place, key)) for place, key in enumerate(("input", "weight", "bias")))
+    assert x is not None and weight is not None
+    return _why_not(x, weight, bias, fake_of(node), [int(extent) for extent in weight.shape[2:]])
+
+
 def _match(node: fx.Node, context: RewriteContext) -> _Depthwise | None:
     x, weight, bias = (argument(node, place, key) for place, key in enumerate(("input", "weight", "bias")))
-    fake, result = _fake(x), fake_of(node)
-    taps = [int(extent) for extent in _fake(weight).shape[2:]]
-    problem = _why_not(fake, _fake(weight), fake_of(bias), result, taps)
+    problem = _problem(node)
     if problem:
         context.refuse(ACTION, problem)
         return None
-    assert result is not None
+    result, taps = _fake(node), [int(extent) for extent in _fake(weight).shape[2:]]
     stride, dilation = _numbers(argument(node, 3, "stride", 1), len(taps)), argument(node, 5, "dilation", 1)
     dilation = _numbers(dilation, len(taps))
     padding = _padding(argument(node, 4, "padding", 0), taps, dilation)
