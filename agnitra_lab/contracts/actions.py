@@ -69,6 +69,12 @@ ACTIONS: dict[str, Action] = {
             summary="run convolutions with a single tap as matrix products where that measures faster",
         ),
         Action(
+            name="padded_linear",
+            kind="rewrite",
+            is_measured=True,
+            summary="pad half-precision weights of odd widths to what tensor cores take, where that measures faster",
+        ),
+        Action(
             name="keep_eager",
             kind="rewrite",
             summary="keep recurrent layers, and convolutions that compile badly, on their own library kernel in the "

@@ -286,6 +286,14 @@ RULES: tuple[Rule, ...] = (
         "faster; each is measured where it stands, so the share is an estimate.",
     ),
     _share_rule(
+        "odd_widths",
+        "padded_linear",
+        evidence.LINEAR_OPS,
+        0.1,
+        "Half-precision products whose rows are no multiple of 16 bytes run on slow kernels; each odd weight is "
+        "measured with zeros up to the next multiple of 8, and its copy is made once.",
+    ),
+    _share_rule(
         "channel_by_channel",
         "depthwise_conv",
         evidence.CONV_OPS,

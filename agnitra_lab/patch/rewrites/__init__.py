@@ -35,6 +35,8 @@ _ORDER = (
     # In the layout that they have now.
     "pointwise_conv",
     "depthwise_conv",
+    # Products that are still torch's own.
+    "padded_linear",
     "keep_eager",
 )
 
