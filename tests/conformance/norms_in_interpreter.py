@@ -205,8 +205,8 @@ PLANTED = {
     ),
     "the chunks of all rows are one": (
         "layer_norm_split",
-        "moments = moments_ptr + (row * SPLIT + parts) * 2",
-        "moments = moments_ptr + (0 * row * SPLIT + parts) * 2",
+        "moments = moments_ptr + (row * SPLIT + parts) * 3",
+        "moments = moments_ptr + (0 * row * SPLIT + parts) * 3",
     ),
     "the last cycle counts whole": (
         "layer_norm_split",
@@ -243,7 +243,7 @@ def run_source(source: str, name: str) -> str | None:
             **affine, **block,
         )  # fmt: skip
     else:
-        moments = torch.full((rows, split, 2), float("nan"))
+        moments = torch.full((rows, split, 3), float("nan"))
         grid = (rows * split,)
         module["_chunk_kernel"][grid](x, x, x, moments, rows, cols, cols, 0, HAS_RESIDUAL=False, SPLIT=split, **block)
         module["_apply_kernel"][grid](

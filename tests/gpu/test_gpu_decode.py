@@ -182,7 +182,7 @@ STEPS = [
     (1, 32, 8, 1, 4096, 128, "halves", 128, "halves", True, 2),
     (3, 12, 12, 4, 77, 80, "halves", 20, "each", False, 1),
     (2, 6, 2, 2, 515, 64, "neighbours", 64, "neighbours", True, 2),
-    (1, 71, 1, 3, 130, 64, "neighbours", 32, "each", False, 2),
+    (1, 42, 1, 3, 130, 64, "neighbours", 32, "each", False, 2),
     (2, 4, 4, 1, 33, 256, "none", 0, "each", False, 1),
 ]
 

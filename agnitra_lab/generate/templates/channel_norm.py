@@ -18,7 +18,7 @@ from torch.library import triton_op, wrap_triton
 
 from agnitra_lab.contracts.search import SearchSpace
 from agnitra_lab.generate.points import check_call, drawer, enumerate_space, itemsize, next_power_of_two, row_rule
-from agnitra_lab.generate.templates.moments import _merge_moments, _update_moments
+from agnitra_lab.generate.templates.moments import _merge_moments, _two_parts, _update_moments
 
 PARAMS = ("BLOCK_C", "BLOCK_S", "num_warps", "num_stages")
 KINDS = ("rms", "layer", "l2")
@@ -140,20 +140,22 @@ def _loop_kernel(
             acc += h * h
     total = num_channels * 1.0
     mean = tl.zeros((BLOCK_S,), dtype=tl.float32)
+    rest = tl.zeros((BLOCK_S,), dtype=tl.float32)
     squares = tl.sum(acc, axis=0)
     if IS_CENTRED:
         count = tl.cdiv(tl.maximum(num_channels - lanes, 0), BLOCK_C).to(tl.float32)
-        mean, squares = _merge_moments(tl.trans(mean_lanes), tl.trans(acc), count[None, :], total)
+        mean, rest, squares = _merge_moments(tl.trans(mean_lanes), tl.trans(acc), count[None, :], total)
     root = _root(squares, total, eps, IS_L2)
     for start in tl.range(0, num_channels, BLOCK_C, num_stages=NUM_STAGES):
         offs_c = start + lanes
         mask = (offs_c < num_channels)[:, None] & mask_s
-        h = tl.load(x_at + offs_c[:, None] * stride_xc, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        h = tl.load(x_at + offs_c[:, None] * stride_xc, mask=mask, other=0.0).to(tl.float32)
+        h = (h - mean[None, :]) - rest[None, :]
         out = _scaled(h, root, weight_ptr, bias_ptr, offs_c, num_channels, dtype, HAS_WEIGHT, HAS_BIAS)
         tl.store(out_at + offs_c[:, None] * stride_oc, out, mask=mask)
 
 
-kernel = (_merge_moments, _update_moments, _root, _scaled, _block_kernel, _loop_kernel)
+kernel = (_two_parts, _merge_moments, _update_moments, _root, _scaled, _block_kernel, _loop_kernel)
 _IS_COMPILED = isinstance(_block_kernel, triton.JITFunction)
 _SHARED_MEMORY_BYTES = 227 * 1024
 """What one block may use on Hopper (compute capability 9.0)."""

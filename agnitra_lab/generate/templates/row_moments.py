@@ -12,7 +12,13 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-from agnitra_lab.generate.templates.moments import _merge_moments, _merge_parts, _scale_of, _update_moments
+from agnitra_lab.generate.templates.moments import (
+    _merge_moments,
+    _merge_parts,
+    _scale_of,
+    _two_parts,
+    _update_moments,
+)
 
 
 @triton.jit
@@ -163,7 +169,7 @@ def _loop_kernel(
         h = _sum_at(x_rows + offs_n, residual_rows + offs_n, mask_m & mask_n, dtype, HAS_RESIDUAL)
         mean_lanes, m2_lanes = _update_moments(mean_lanes, m2_lanes, h, mask_n, start // BLOCK_N + 1)
     count = tl.cdiv(tl.maximum(num_cols - lanes, 0), BLOCK_N).to(tl.float32)
-    mean, m2 = _merge_moments(mean_lanes, m2_lanes, count, num_cols * 1.0)
+    mean, rest, m2 = _merge_moments(mean_lanes, m2_lanes, count, num_cols * 1.0)
     scale = _scale_of(m2, num_cols * 1.0, eps)
     # The second pass adds again instead of reading back `summed`: a store and a load of one address in one kernel would
     # need a barrier, and the inputs are still in the L2.
@@ -177,7 +183,7 @@ def _loop_kernel(
         weight, bias = _affine(
             weight_ptr, bias_ptr, offs_m, start, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
         )
-        normed = (h - mean[:, None]) * scale[:, None]
+        normed = (h - mean[:, None] - rest[:, None]) * scale[:, None]
         tl.store(out_ptr + out_at, _activated(normed * weight + bias, IS_SILU).to(dtype), mask=mask)
 
 
@@ -215,10 +221,11 @@ def _chunk_kernel(
             tl.store(summed_ptr + row * num_cols + offs_n, h.to(dtype), mask=mask)
         mean_lanes, m2_lanes = _update_moments(mean_lanes, m2_lanes, h, mask, start // (SPLIT * BLOCK_N) + 1)
     count = tl.cdiv(tl.maximum(num_cols - part * BLOCK_N - lanes, 0), SPLIT * BLOCK_N).to(tl.float32)
-    mean, m2 = _merge_moments(mean_lanes, m2_lanes, count, tl.maximum(tl.sum(count), 1.0))
-    at = moments_ptr + (row * SPLIT + part) * 2 + tl.arange(0, 1)
+    mean, rest, m2 = _merge_moments(mean_lanes, m2_lanes, count, tl.maximum(tl.sum(count), 1.0))
+    at = moments_ptr + (row * SPLIT + part) * 3 + tl.arange(0, 1)
     tl.store(at, mean)
-    tl.store(at + 1, m2)
+    tl.store(at + 1, rest)
+    tl.store(at + 2, m2)
 
 
 @triton.jit
@@ -252,10 +259,11 @@ def _apply_kernel(
     count = num_cols // CYCLE * BLOCK_N + tl.minimum(tl.maximum(rest, 0), BLOCK_N)
     count = tl.where(parts < SPLIT, count, 0)
     row = (pid % num_rows).to(tl.int64)
-    moments = moments_ptr + (row * SPLIT + parts) * 2
+    moments = moments_ptr + (row * SPLIT + parts) * 3
     mean_parts = tl.load(moments, mask=count > 0, other=0.0)
-    m2_parts = tl.load(moments + 1, mask=count > 0, other=0.0)
-    mean, m2 = _merge_parts(mean_parts, m2_parts, count.to(tl.float32), num_cols * 1.0)
+    rest_parts = tl.load(moments + 1, mask=count > 0, other=0.0)
+    m2_parts = tl.load(moments + 2, mask=count > 0, other=0.0)
+    mean, rest, m2 = _merge_parts(mean_parts, rest_parts, m2_parts, count.to(tl.float32), num_cols * 1.0)
     scale = _scale_of(m2, num_cols * 1.0, eps)
     num_steps = tl.cdiv(tl.maximum(num_cols - first, 0), CYCLE)
     for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
@@ -266,7 +274,7 @@ def _apply_kernel(
         weight, bias = _affine(
             weight_ptr, bias_ptr, offs_m, start, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
         )
-        out = _activated((h - mean) * scale * weight + bias, IS_SILU).to(out_ptr.dtype.element_ty)
+        out = _activated((h - mean - rest) * scale * weight + bias, IS_SILU).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + offs_m[:, None] * num_cols + offs_n, out, mask=mask)
 
 
@@ -308,9 +316,11 @@ def _joined_kernel(
     mean = tl.div_rn(tl.sum(h, axis=1), total)
     centred = tl.where(mask, h - mean[:, None], 0.0)
     shift = tl.div_rn(tl.sum(centred, axis=1), total)
-    at = moments_ptr + ticket * 2 + tl.arange(0, 1)
-    tl.store(at, mean + shift)
-    tl.store(at + 1, tl.sum(centred * centred, axis=1) - total * shift * shift)
+    mean, rest = _two_parts(mean, shift)
+    at = moments_ptr + ticket * 3 + tl.arange(0, 1)
+    tl.store(at, mean)
+    tl.store(at + 1, rest)
+    tl.store(at + 2, tl.sum(centred * centred, axis=1) - total * shift * shift)
     # Every thread's stores come before the arrival, the row's arrivals before every thread's loads.
     tl.debug_barrier()
     tl.atomic_add(count_ptr + 1 + row, 1, sem="release")
@@ -320,20 +330,22 @@ def _joined_kernel(
     tl.debug_barrier()
     parts = tl.arange(0, SPLIT_LANES)
     count = tl.minimum(tl.maximum(num_cols - parts * BLOCK_N, 0), BLOCK_N)
-    moments = moments_ptr + (row * SPLIT + parts) * 2
+    moments = moments_ptr + (row * SPLIT + parts) * 3
     # Past the L1: other multiprocessors wrote these.
     mean_parts = tl.load(moments, mask=count > 0, other=0.0, cache_modifier=".cg")
-    m2_parts = tl.load(moments + 1, mask=count > 0, other=0.0, cache_modifier=".cg")
-    mean, m2 = _merge_parts(mean_parts, m2_parts, count.to(tl.float32), num_cols * 1.0)
+    rest_parts = tl.load(moments + 1, mask=count > 0, other=0.0, cache_modifier=".cg")
+    m2_parts = tl.load(moments + 2, mask=count > 0, other=0.0, cache_modifier=".cg")
+    mean, rest, m2 = _merge_parts(mean_parts, rest_parts, m2_parts, count.to(tl.float32), num_cols * 1.0)
     scale = _scale_of(m2, num_cols * 1.0, eps)
     weight, bias = _affine(
         weight_ptr, bias_ptr, offs_m, start, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
     )
-    out = _activated((h - mean) * scale * weight + bias, IS_SILU).to(dtype)
+    out = _activated((h - mean - rest) * scale * weight + bias, IS_SILU).to(dtype)
     tl.store(out_ptr + row * num_cols + offs_n, out, mask=mask)
 
 
 KERNELS = (
+    _two_parts,
     _merge_moments,
     _merge_parts,
     _update_moments,
@@ -418,7 +430,7 @@ def _normalise_split(tensors, numbers, split, num_stages, has_residual, affine, 
     x_MN, residual_MN, weight, bias, out, summed = tensors
     num_groups, stride_xm, stride_rm, eps = numbers
     num_rows, num_cols = x_MN.shape
-    moments = torch.empty((num_rows, split, 2), dtype=torch.float32, device=x_MN.device)
+    moments = torch.empty((num_rows, split, 3), dtype=torch.float32, device=x_MN.device)
     lanes = {"SPLIT": split, "SPLIT_LANES": 1 << (split - 1).bit_length()}
     if split * options["BLOCK_N"] >= num_cols and split <= _most_waiting(x_MN.device):
         arrivals = torch.zeros(num_rows + 1, dtype=torch.int32, device=x_MN.device)
