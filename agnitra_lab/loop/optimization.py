@@ -41,7 +41,7 @@ from agnitra_lab.loop.regions import explain
 from agnitra_lab.loop.rehearsal import Rehearsal
 from agnitra_lab.loop.result import Result
 from agnitra_lab.loop.settings import Settings
-from agnitra_lab.patch import candidates
+from agnitra_lab.patch import candidates, toolchain
 from agnitra_lab.patch.install import Patch
 from agnitra_lab.patch.survey import survey
 from agnitra_lab.profiler import capture
@@ -141,6 +141,7 @@ class Optimization:
         """Ask for things to try: the language model where there is one, presets otherwise."""
         started = time.monotonic()
         self._tell("asking the rewrites what they find, and for advice")
+        toolchain.warm_up(self.device.type)
         findable = self._findable()
         is_measured = self.lab is not None and why_no_kernels() is None
         self.advice = self._adviser.ask(

@@ -32,6 +32,7 @@ from agnitra_lab.contracts.search import (
 )
 from agnitra_lab.errors import SearchError
 from agnitra_lab.refine import sampler as samplers
+from agnitra_lab.refine.blas_threads import on_one_blas_thread
 from agnitra_lab.refine.bound import Bound
 from agnitra_lab.refine.ledger import Asked, Attached, FinalMeasured, Ledger, LedgerHeader, Told
 from agnitra_lab.refine.siblings import Sibling, facts_of, hints_of, sibling_of
@@ -85,6 +86,7 @@ class Study:
         finals: second measurements of finalists.
     """
 
+    @on_one_blas_thread
     def __init__(
         self,
         space: SearchSpace,
@@ -173,6 +175,7 @@ class Study:
         told: Callable[[], dict[str, float]] | None = getattr(self._sampler, "trust", None)
         return told() if told is not None else {}
 
+    @on_one_blas_thread
     def ask(self, num: int = 1, *, is_polish: bool = False) -> list[KernelConfig]:
         """Return up to `num` configs to measure, none of which was asked for or told before.
 
@@ -192,6 +195,7 @@ class Study:
             arms += fresh
         return [self._encoding.configs[arm] for arm in arms]
 
+    @on_one_blas_thread
     def tell(self, config: KernelConfig, measured: Measurement | float | None) -> Trial:
         """Take a config's measurement; None and a time that is no latency are failures.
 
@@ -207,6 +211,7 @@ class Study:
         self._told(arm, trial)
         return trial
 
+    @on_one_blas_thread
     def attach(self, results: Iterable[ForeignResult], *, provenance: Provenance = "ledger") -> list[Trial]:
         """Take what others measured of this very space on this very device.
 
