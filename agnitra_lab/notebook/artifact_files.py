@@ -42,7 +42,7 @@ class RunFiles:
         """List them, the main ones first. What vanishes meanwhile is left out."""
         found = {}
         for category, folder in self._folders.items():
-            for path in sorted(folder.rglob("*.json")):
+            for path in _json_below(folder):
                 if path.is_symlink() or path.name == layout.MANIFEST_FILE or path.name.startswith("."):
                     continue
                 is_main = path.parent == folder and path.name in _FIRST
@@ -87,3 +87,11 @@ class RunFiles:
             known = key, hashlib.sha256(path.read_bytes()).hexdigest()
             self._known[path] = known
         return ArtifactFile(name, path, stat.st_size, known[1])
+
+
+def _json_below(folder: Path) -> list[Path]:
+    """The JSON files of a folder that may be deleted while it is read."""
+    try:
+        return sorted(folder.rglob("*.json"))
+    except OSError:
+        return []

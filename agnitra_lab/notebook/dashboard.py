@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agnitra_lab.errors import AgnitraError, UsageError
+from agnitra_lab.notebook.show import beside_buttons
 from agnitra_lab.redact import redact_text
 
 if TYPE_CHECKING:
@@ -87,9 +88,9 @@ def show_dashboard(options: Any) -> None:
     record = collect_dashboard(options.artifacts)
     path = write_dashboard(record, options.out) if options.out else None
     card = dashboard_bundle(record, path)
-    # Two outputs: a notebook that is opened again without its kernel says "model not found" in place of the second.
+    # Two outputs: a notebook that is opened again without its kernel has the card alone.
     if not options.live:
-        display(card, raw=True)
+        display(card if options.static else beside_buttons(card), raw=True)
     if not options.static:
         display(live_bundle(options.artifacts, record, card if options.live else _NO_KERNEL), raw=True)
 

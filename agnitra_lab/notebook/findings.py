@@ -105,6 +105,11 @@ class Findings:
         return tuple(self._trials)
 
     @property
+    def is_replayed(self) -> bool:
+        """Whether searches play recorded measurements, as they do where there is no GPU."""
+        return self._pass is not None and self._pass.lab is None
+
+    @property
     def kernels(self) -> Sequence[Kernel]:
         """The generated kernels: config, Triton source, content hash."""
         book = self._of("generate", "kernels")

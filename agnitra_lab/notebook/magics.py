@@ -16,8 +16,8 @@ from agnitra_lab.contracts.report import Checkpoint
 from agnitra_lab.errors import UsageError
 from agnitra_lab.notebook import arguments, completion
 from agnitra_lab.notebook.failures import one_line
+from agnitra_lab.notebook.loop_options import ARTIFACTS, loop_options, settings_of
 from agnitra_lab.notebook.show import Display, send_report
-from agnitra_lab.notebook.steps import SAMPLER_CHOICES
 from agnitra_lab.redact import redact_text
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 TELEMETRY_NAME = "agnitra_telemetry"
 RESULT_NAME = "agnitra_result"
 WORKBENCH_NAME = "agnitra_workbench"
-ARTIFACTS = "artifacts"
 MAX_EVENTS = 2_000_000
 
 
@@ -89,13 +88,7 @@ class AgnitraMagics(Magics):
     @no_var_expand
     @output_can_be_silenced
     @magic_arguments()
-    @argument("expressions", nargs="*", help="MODEL INPUTS as Python expressions, a Workload, or a TARGET.")
-    @argument("--name", help="What the artifacts call the model.")
-    @argument("--suggest", choices=("auto", "llm", "preset"), default="auto", help="Where suggestions come from.")
-    @argument("--sampler", choices=SAMPLER_CHOICES, default="rl", help="How kernel configs are searched.")
-    @argument("--budget", type=float, default=300.0, help="Seconds for compiling candidates.")
-    @argument("--timing", type=float, default=4.0, help="Seconds of interleaved timing a candidate.")
-    @argument("--artifacts", default=ARTIFACTS, help="Folder of the runs.")
+    @loop_options
     @line_magic
     def agnitra_optimize(self, line: str) -> Result:
         """Run the whole loop on a model and its inputs, show the report card, and return the result.
@@ -112,12 +105,7 @@ class AgnitraMagics(Magics):
                 inputs,
                 name=given.name,
                 on_checkpoint=_print_checkpoint,
-                suggest=given.suggest,
-                sampler=None if given.sampler == "none" else given.sampler,
-                budget_s=given.budget,
-                timing_s=given.timing,
-                artifacts=given.artifacts,
-                command=f"%agnitra_optimize {line}".strip(),
+                **settings_of(given, f"%agnitra_optimize {line}"),
             )
         self.shell.user_ns[RESULT_NAME] = result
         self.display.card_of(result)
@@ -126,14 +114,8 @@ class AgnitraMagics(Magics):
     @no_var_expand
     @output_can_be_silenced
     @magic_arguments()
-    @argument("expressions", nargs="*", help="MODEL INPUTS as Python expressions, a Workload, or a TARGET.")
-    @argument("--name", help="What the artifacts call the model.")
-    @argument("--suggest", choices=("auto", "llm", "preset"), default="auto", help="Where suggestions come from.")
-    @argument("--sampler", choices=SAMPLER_CHOICES, default="rl", help="How kernel configs are searched.")
-    @argument("--budget", type=float, default=300.0, help="Seconds for compiling candidates.")
-    @argument("--timing", type=float, default=4.0, help="Seconds of interleaved timing a candidate.")
+    @loop_options
     @argument("--deadline", type=float, default=1800.0, help="Seconds after which a step is cancelled.")
-    @argument("--artifacts", default=ARTIFACTS, help="Folder of the runs.")
     @line_magic
     def agnitra_workbench(self, line: str) -> Any:
         """Step through the loop: seven steps with buttons, options and what each of them found.
@@ -150,12 +132,7 @@ class AgnitraMagics(Magics):
                 inputs,
                 name=given.name,
                 deadline_s=given.deadline,
-                suggest=given.suggest,
-                sampler=None if given.sampler == "none" else given.sampler,
-                budget_s=given.budget,
-                timing_s=given.timing,
-                artifacts=given.artifacts,
-                command=f"%agnitra_workbench {line}".strip(),
+                **settings_of(given, f"%agnitra_workbench {line}"),
             )
         self.shell.user_ns[WORKBENCH_NAME] = made
         self.display.card_of(made)

@@ -34,6 +34,14 @@ _VALUES = (_RESULT, _PROOF, _WORKBENCH, _COMPARISON, _REGRESSIONS)
 
 Bundle = dict[str, Any]
 
+# A trusted notebook that is opened again has its outputs but no widgets, and JupyterLab and Notebook write "Error
+# displaying widget: model not found" where buttons were: a node of theirs without a single element in it. The card
+# beside it says that buttons need the kernel. An untrusted notebook drops the rule, and shows the fallback instead.
+NO_DEAD_BUTTONS = (
+    '<style class="agn-card">.jp-OutputArea:has(style.agn-card)>.jp-OutputArea-child:has(.jupyter-widgets:not(:has(*)))'
+    "{display:none}</style>"
+)
+
 
 def profile_bundle(record: TelemetryRecord, filed: str | None = None) -> Bundle:
     """The profile card as one mime bundle."""
@@ -50,14 +58,21 @@ def report_bundle(report: Report, files: Sequence[ArtifactFile] = ()) -> Bundle:
     return {"text/html": card_html(report, listed), "text/plain": card_text(report, listed)}
 
 
+def beside_buttons(bundle: Bundle) -> Bundle:
+    """A card that has buttons in the same cell: without their kernel they leave nothing ugly."""
+    return {**bundle, "text/html": bundle["text/html"] + NO_DEAD_BUTTONS}
+
+
 def send_report(report: Report, artifacts: Path | str, has_controls: bool) -> None:
     """Show a finished run: its card, its chart, and buttons for its files where a page can have them."""
     from agnitra_lab.notebook.artifact_files import RunFiles
 
     files = RunFiles(Path(artifacts), report.workload, report.run_id)
-    send(report_bundle(report, files.all()))
+    has_buttons = has_controls and has_front_end() and bool(files.all())
+    card = report_bundle(report, files.all())
+    send(beside_buttons(card) if has_buttons else card)
     send(chart_bundle(report))
-    if has_controls and has_front_end() and files.all():
+    if has_buttons:
         from agnitra_lab.notebook.file_buttons import controls_of_run
 
         send_controls(controls_of_run(files, report.run_id), "Copy and Download")

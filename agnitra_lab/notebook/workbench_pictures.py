@@ -1,63 +1,24 @@
-"""The pictures of a workbench: a kernel search as it goes, and the two sides of an A/B as distributions.
+"""The picture of an A/B: its two sides as distributions.
 
-As the profile's pictures they are drawn in percent of their width and pixels of their height.
+As the profile's pictures it is drawn in percent of its width and pixels of its height.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from agnitra_lab.contracts.measurement import Comparison, Latency
 from agnitra_lab.notebook.profile_pictures import canvas, percent, text
 from agnitra_lab.report import numbers, palette
 
-SEARCH_HEIGHT = 190
 DISTRIBUTION_HEIGHT = 184
-_LEFT, _RIGHT = 11.0, 98.0
-_X_LEFT = 20.0
-_TOP, _BOTTOM = 14.0, 150.0
+_X_LEFT, _RIGHT = 20.0, 98.0
 _LANE_HEIGHT, _LANE_STEP, _LANE_TOP = 54.0, 72.0, 8.0
-_MAX_CURVES = 3
-_DASHES = ("", "8 5", "2 4")
 # A quarter of the samples may lie within a tenth of their spread: what is denser than this is drawn as high as this.
 _MAX_DENSITY = 3.0
 _SHOWN_QUANTILE = 18
 """Index of 90% among the 21 quantiles: the slowest calls would squeeze all others into a line."""
-
-Curve = tuple[str, Sequence[float | None]]
-"""Name of a search, and the latency of each trial in ms, None for a failed one."""
-
-
-def search_picture(curves: Sequence[Curve]) -> str:
-    """Draw each search: every trial as a dot, the best so far as a line, on a logarithmic axis."""
-    shown = [(name, values) for name, values in curves[:_MAX_CURVES] if any(values)]
-    measured = [value for _, values in shown for value in values if value]
-    if not measured:
-        return canvas(SEARCH_HEIGHT, text("0", 24, "Nothing measured yet.", "m"))
-    low, high = math.log(min(measured)), math.log(max(measured))
-    span = (high - low) or 1.0
-    num_trials = max(len(values) for _, values in shown)
-
-    def x(index: int) -> float:
-        return _LEFT + (_RIGHT - _LEFT) * (index + 0.5) / num_trials
-
-    def y(value: float) -> float:
-        return _BOTTOM - (_BOTTOM - _TOP) * (math.log(value) - low) / span
-
-    shapes = [_axis(math.exp(low), y), _axis(math.exp(high), y)] if high > low else [_axis(math.exp(low), y)]
-    for index, (_, values) in enumerate(shown):
-        colour = (palette.CANDIDATE, palette.SECONDARY, palette.BASELINE)[index]
-        dots = "".join(f"M{x(at):.2f} {y(value):.0f}h0" for at, value in enumerate(values) if value)
-        shapes.append(_stretched(dots, SEARCH_HEIGHT, palette.MUTED, 7, ' stroke-linecap="round"'))
-        dash = f' stroke-dasharray="{_DASHES[index]}"' if _DASHES[index] else ""
-        shapes.append(_stretched(_best_so_far(values, x, y), SEARCH_HEIGHT, colour, 3, dash))
-    last = num_trials - 1
-    shapes += [text(percent(x(0)), SEARCH_HEIGHT - 20, "trial 1", "m i")]
-    shapes += [text(percent(x(last)), SEARCH_HEIGHT - 20, f"{num_trials}", "m i")] if last else []
-    shapes.append(text(percent(_LEFT), SEARCH_HEIGHT - 3, "dot: one config; line: the best so far", "m"))
-    return canvas(SEARCH_HEIGHT, "".join(shapes))
 
 
 def distribution_picture(comparison: Comparison) -> str:
@@ -130,31 +91,3 @@ def _lane(
         f'stroke="{palette.EDGE}"/>'
     )
     return shapes
-
-
-def _axis(value: float, y: Callable[[float], float]) -> str:
-    at = y(value)
-    return (
-        text("0", at + 4, numbers.milliseconds(value), "m")
-        + f'<line x1="{percent(_LEFT)}" x2="{percent(_RIGHT)}" y1="{at:.0f}" y2="{at:.0f}" stroke="{palette.GRID}"/>'
-    )
-
-
-def _best_so_far(values: Sequence[float | None], x: Callable[[int], float], y: Callable[[float], float]) -> str:
-    """The path of the best so far, from trial to trial."""
-    best: float | None = None
-    path = ""
-    for index, value in enumerate(values):
-        if value and (best is None or value < best):
-            path += f"M{x(index):.2f} {y(value):.0f}" if best is None else f"H{x(index):.2f}V{y(value):.0f}"
-            best = value
-    return f"{path}H{x(len(values) - 1):.2f}"
-
-
-def _stretched(path: str, height: int, colour: str, width: int, more: str) -> str:
-    """A path with x in percent of the picture and y in its pixels; the stroke keeps its width."""
-    return (
-        f'<svg width="100%" height="{height}" viewBox="0 0 100 {height}" preserveAspectRatio="none">'
-        f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width}"{more} '
-        'vector-effect="non-scaling-stroke"/></svg>'
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from agnitra_lab.contracts.measurement import Comparison, Latency
 from agnitra_lab.contracts.patch import PatchLog
@@ -12,12 +12,12 @@ from agnitra_lab.notebook.cards import Column, Table
 from agnitra_lab.notebook.findings import Findings
 from agnitra_lab.notebook.profile_sentences import bottleneck_sentence
 from agnitra_lab.notebook.rollback_card import rollback_facts, rollback_sentence
-from agnitra_lab.notebook.workbench_pictures import Curve
+from agnitra_lab.notebook.search_panel import search_panel
 from agnitra_lab.report import metrics, numbers, palette, sections
 from agnitra_lab.report.html import Html, join, tag
 
 _MAX_SUGGESTIONS, _MAX_RATIONALE = 8, 160
-_MAX_SEARCHES, _MAX_SOURCES, _MAX_SOURCE_LENGTH = 5, 1, 2_400
+_MAX_KERNELS, _MAX_SOURCES, _MAX_SOURCE_LENGTH = 5, 1, 2_400
 _MAX_TOP, _MAX_DESCRIPTORS, _MAX_CANDIDATES = 6, 5, 5
 _MAX_REASON = 180
 _MONO = "font-family:ui-monospace,'SF Mono',Menlo,Consolas,monospace"
@@ -103,39 +103,6 @@ def _suggest(known: Findings) -> Html:
     )
 
 
-def _refine(known: Findings) -> Html:
-    drawn = curves(known)
-    parts: list[Html | None] = []
-    if drawn:
-        parts.append(cards.heading("Kernel search"))
-        alt = "; ".join(f"{name}: best {_best_text(values)} of {len(values)} trials" for name, values in drawn)
-        picture = workbench_pictures.search_picture(drawn)
-        parts.append(
-            cards.picture(picture, f"Line chart of the kernel search. {alt}.", workbench_pictures.SEARCH_HEIGHT)
-        )
-        columns = (
-            Column("Search", 46),
-            Column("Trials", 10, is_number=True),
-            Column("Failed", 10, is_number=True),
-            Column("First", 17, is_number=True),
-            Column("Best", 17, is_number=True),
-        )
-        rows = [
-            (
-                name,
-                str(len(values)),
-                str(sum(value is None for value in values)),
-                _first_text(values),
-                _best_text(values),
-            )
-            for name, values in drawn[:_MAX_SEARCHES]
-        ]
-        parts.append(cards.table(Table(None, columns, rows)))
-    if not drawn or known.steps["refine"].status == "skipped":
-        parts.append(cards.paragraph(known.steps["refine"].headline, top=4))
-    return join(parts)
-
-
 def _generate(known: Findings) -> Html:
     kernels = known.kernels
     if not kernels:
@@ -146,7 +113,7 @@ def _generate(known: Findings) -> Html:
         source_text(f"Triton source of {kernel.name}", _cut(kernel.source, f"perf/kernels/{kernel.name}.py"))
         for kernel in kernels[:_MAX_SOURCES]
     ]
-    return join([cards.table(Table("Generated kernels", columns, rows[:_MAX_SEARCHES])), *sources])
+    return join([cards.table(Table("Generated kernels", columns, rows[:_MAX_KERNELS])), *sources])
 
 
 def _patch(known: Findings) -> Html:
@@ -243,22 +210,6 @@ def verdict_facts(comparison: Comparison) -> list[tuple[str, str]]:
     return facts + [("Problem", problem) for problem in comparison.equivalence.problems[:3]]
 
 
-def curves(known: Findings) -> list[Curve]:
-    """Each search by name with its latencies: those that ended, else the one that runs."""
-    if known.searches:
-        return [
-            (
-                f"{found.space_template} {'x'.join(map(str, found.shape))} by {found.sampler}, {found.measured_on}",
-                [trial.latency_ms for trial in found.trials],
-            )
-            for found in known.searches
-        ]
-    live: dict[str, list[float | None]] = {}
-    for site, trial in known.live_trials:
-        live.setdefault(site.key(), []).append(trial.latency_ms)
-    return list(live.items())
-
-
 def _conclusions(report: Report) -> list[str]:
     return [text for text in (sections.head_to_head(report), sections.advice(report), _saved(report)) if text]
 
@@ -289,16 +240,6 @@ def _quantile_texts(latency: Latency) -> tuple[str, str, str, str]:
     return first, second, third, slow
 
 
-def _best_text(values: Sequence[float | None]) -> str:
-    measured = [value for value in values if value]
-    return numbers.milliseconds(min(measured)) if measured else numbers.ABSENT
-
-
-def _first_text(values: Sequence[float | None]) -> str:
-    first = next((value for value in values if value), None)
-    return numbers.milliseconds(first) if first else numbers.ABSENT
-
-
 def _cut(source: str, path: str) -> str:
     if len(source) <= _MAX_SOURCE_LENGTH:
         return source
@@ -313,7 +254,7 @@ def _warning(text: str) -> Html:
 _PANELS: dict[StageName, Callable[[Findings], Html]] = {
     "profile": _profile,
     "suggest": _suggest,
-    "refine": _refine,
+    "refine": search_panel,
     "generate": _generate,
     "patch": _patch,
     "benchmark": _benchmark,

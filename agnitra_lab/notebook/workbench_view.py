@@ -187,10 +187,11 @@ class View:
         files = self._run_files()
         listed = files.all() if files is not None else ()
         problem = files.missing() if files is not None and self._workbench.steps.num_ended else None
-        return {
+        card: shown.Bundle = {
             "text/html": workbench_card_html(self._workbench, listed, problem),
             "text/plain": workbench_card_text(self._workbench, listed),
         }
+        return card if self._controls is None else shown.beside_buttons(card)
 
     def _run_files(self) -> RunFiles | None:
         run = self._workbench.run

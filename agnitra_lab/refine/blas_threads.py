@@ -30,8 +30,8 @@ Made = TypeVar("Made")
 class _Threads(NamedTuple):
     """How to ask numpy's OpenBLAS for its number of threads, and to set it."""
 
-    count: Callable[[], int]
-    set_count: Callable[[int], None]
+    num: Callable[[], int]
+    set_num: Callable[[int], None]
 
 
 @contextlib.contextmanager
@@ -47,8 +47,8 @@ def one_blas_thread() -> Iterator[None]:
         return
     with _LOCK:
         if _num_inside == 0:
-            _num_before = threads.count()
-            threads.set_count(1)
+            _num_before = threads.num()
+            threads.set_num(1)
         _num_inside += 1
     try:
         yield
@@ -56,7 +56,7 @@ def one_blas_thread() -> Iterator[None]:
         with _LOCK:
             _num_inside -= 1
             if _num_inside == 0:
-                threads.set_count(_num_before)
+                threads.set_num(_num_before)
 
 
 def on_one_blas_thread(function: Callable[Given, Made]) -> Callable[Given, Made]:

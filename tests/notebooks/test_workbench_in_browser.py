@@ -209,3 +209,26 @@ def test_an_untrusted_notebook_shows_its_cards(desk, tmp_path):
     assert page.get_by_text("Error displaying widget").count() == 0
     assert page.locator(".jp-OutputArea-output img[alt^='Distribution of the latencies']").first.is_visible()
     page.close()
+
+
+def test_a_trusted_notebook_without_its_kernel_shows_its_cards_and_no_error_in_place_of_the_buttons(desk):
+    book = json.loads((desk.folder / "book.ipynb").read_text())
+    book["cells"].append({"cell_type": "markdown", "id": "extra", "metadata": {}, "source": "trusted"})
+    (desk.folder / "trusted.ipynb").write_text(json.dumps(book))
+    data = {"JUPYTER_DATA_DIR": str(desk.folder / ".jupyter" / "data")}
+    done = subprocess.run(
+        [sys.executable, "-m", "jupyter", "trust", str(desk.folder / "trusted.ipynb")], env={**os.environ, **data},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = desk.context.new_page()
+    page.goto(desk.server.url("trusted.ipynb"), timeout=90_000)
+    page.locator(".jp-OutputArea-output", has_text="The original is restored, bit for bit.").first.wait_for(
+        timeout=60_000
+    )
+    error = page.get_by_text("Error displaying widget: model not found")
+    # Written by the front end a moment after the kernel is there, which has no such widget.
+    error.first.wait_for(state="attached", timeout=60_000)
+    assert [each.is_visible() for each in error.all()] == [False] * error.count()
+    page.screenshot(path=str(desk.folder / "trusted.png"), full_page=True)
+    page.close()

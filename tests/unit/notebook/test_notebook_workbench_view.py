@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from workbench_models import QUICK, Moody, Small
 
 from agnitra_lab.notebook import workbench_view
+from agnitra_lab.notebook.artifact_files import RunFiles
 from agnitra_lab.notebook.steps import SAMPLER_CHOICES
 from agnitra_lab.notebook.widget import _SCRIPT
 from agnitra_lab.notebook.workbench import Workbench
@@ -186,3 +188,18 @@ def test_every_colour_of_the_cards_can_be_read():
         for surface in palette.SURFACES.values():
             assert palette.contrast(colour, surface) >= 7.0
     assert all(palette.contrast(palette.EDGE, surface) >= 3.0 for surface in palette.SURFACES.values())
+
+
+def test_a_folder_that_vanishes_while_it_is_listed_has_no_files(tmp_path, monkeypatch):
+    def gone(self, pattern):
+        raise FileNotFoundError(self)
+
+    files = RunFiles(tmp_path, "small", "20260101_000000_optimize_0000")
+    monkeypatch.setattr(Path, "rglob", gone)
+    assert files.all() == ()
+
+
+def test_a_card_with_buttons_hides_them_where_they_are_dead_and_one_without_has_no_rule(desk, monkeypatch):
+    assert desk.view._card()["text/html"].endswith(workbench_view.shown.NO_DEAD_BUTTONS)
+    alone = workbench_view.View(desk.workbench, has_controls=False)
+    assert "<style" not in alone._card()["text/html"]

@@ -16,8 +16,8 @@ _BLAS = blas_threads._threads()
 def count():
     if _BLAS is None:
         pytest.skip("numpy has another BLAS here")
-    _BLAS.set_count(2)
-    return _BLAS.count
+    _BLAS.set_num(2)
+    return _BLAS.num
 
 
 def test_one_thread_inside_and_as_many_as_before_outside(count):
