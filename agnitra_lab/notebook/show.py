@@ -38,7 +38,7 @@ Bundle = dict[str, Any]
 # displaying widget: model not found" where buttons were: a node of theirs without a single element in it. The card
 # beside it says that buttons need the kernel. An untrusted notebook drops the rule, and shows the fallback instead.
 NO_DEAD_BUTTONS = (
-    '<style class="agn-card">.jp-OutputArea:has(style.agn-card)>.jp-OutputArea-child:has(.jupyter-widgets:not(:has(*)))'
+    '<style class="agn-card">.jp-OutputArea:has(style.agn-card) .jp-OutputArea-output.jupyter-widgets:not(:has(*))'
     "{display:none}</style>"
 )
 

@@ -217,7 +217,7 @@ def test_a_trusted_notebook_without_its_kernel_shows_its_cards_and_no_error_in_p
     (desk.folder / "trusted.ipynb").write_text(json.dumps(book))
     data = {"JUPYTER_DATA_DIR": str(desk.folder / ".jupyter" / "data")}
     done = subprocess.run(
-        [sys.executable, "-m", "jupyter", "trust", str(desk.folder / "trusted.ipynb")], env={**os.environ, **data},
+        [sys.executable, "-m", "nbformat.sign", str(desk.folder / "trusted.ipynb")], env={**os.environ, **data},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
