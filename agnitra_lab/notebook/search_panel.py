@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agnitra_lab.contracts.search import Trial
+from agnitra_lab.errors import UsageError
 from agnitra_lab.notebook import cards, search_pictures
 from agnitra_lab.notebook.cards import Column, Table
 from agnitra_lab.notebook.findings import Findings
@@ -16,7 +17,11 @@ from agnitra_lab.report.html import Child, Html, join, tag
 _MAX_SEARCHES, _MAX_ROWS = 5, 40
 _MAX_PARALLEL = 2
 """Searches whose configs are drawn: a card with its charts may add 60 kB to a notebook."""
-_LEAST_TRIALS = 4
+_LEAST_TRIALS, _MAX_NAMED = 4, 3
+_WHERE = (
+    "A search's configs as a card of their own: workbench.show_search(1). All trials as a frame: workbench.trials. The "
+    "ledgers are among the files."
+)
 _BAR_PX = 150
 _LIST = (
     "font-family:ui-monospace,'SF Mono',Menlo,Consolas,monospace;font-size:12px;line-height:1.45;margin:6px 0 0 0;"
@@ -37,15 +42,53 @@ def search_panel(known: Findings) -> Html:
             cards.picture(picture, alt, search_pictures.SEARCH_HEIGHT),
             cards.table(_curves_table(searches)),
         ]
-    if step.has_ended:
-        parts += [_configs(at, search) for at, search in enumerate(_worth_drawing(searches))]
     if searches and step.has_ended:
-        parts.append(
-            cards.paragraph("All trials as a frame: workbench.trials. Their ledgers are among the files.", top=8)
-        )
+        drawn = [(at, search) for at, search in enumerate(searches) if _is_worth_drawing(search)][:_MAX_PARALLEL]
+        # A notebook may grow by 60 kB for a card with its chart: beside what the later steps found, a line has to do.
+        is_newest = not known.steps["patch"].has_ended
+        parts += [_configs(at, search) if is_newest else _decided(at, search) for at, search in drawn]
+        parts.append(cards.paragraph(_WHERE, top=8))
     if not searches or step.status == "skipped":
         parts.append(cards.paragraph(step.headline, top=4))
     return join(parts)
+
+
+def search_card_html(known: Findings, number: int) -> Html:
+    """Render one search as a card of its own.
+
+    Args:
+        known: the workbench.
+        number: of the search, from 1 on, as the panel's table has it.
+
+    Raises:
+        UsageError: there is no such search, or too little was measured in it.
+    """
+    searches = searches_of(known) if known.searches else []
+    if not 1 <= number <= len(searches):
+        have = f"There are {len(searches)}" if searches else "None has ended"
+        raise UsageError(f"There is no search {number}. {have}.", hint="workbench.searches lists them.")
+    search = searches[number - 1]
+    if not _is_worth_drawing(search):
+        raise UsageError(
+            f"Search {number} ({search.name}) has fewer than {_LEAST_TRIALS} configs with a time to compare.",
+            hint="workbench.trials has them as a frame.",
+        )
+    picture = search_pictures.search_picture([search])
+    return cards.block(
+        cards.kicker(["search", known.workload.name, known.device_name]),
+        cards.title(f"{search.name}: best {_time(search.best_ms)} of {_trials_text(search)} configs"),
+        cards.section(
+            cards.picture(picture, f"Line chart: {_sentence(search)}.", search_pictures.SEARCH_HEIGHT),
+            cards.table(_curves_table([search])),
+            _configs(0, search),
+        ),
+    )
+
+
+def search_card_text(known: Findings, number: int) -> str:
+    """Render one search as plain text: the trials, fastest first."""
+    search = searches_of(known)[number - 1]
+    return f"{_sentence(search)}.\n{_lines(search.trials)}\n"
 
 
 def _curves_table(searches: Sequence[Searched]) -> Table:
@@ -114,13 +157,18 @@ def _configs(at: int, search: Searched) -> Html:
     )
 
 
-def _worth_drawing(searches: Sequence[Searched]) -> list[Searched]:
-    has_choice = [
-        search
-        for search in searches
-        if sum(bool(trial.latency_ms) for trial in search.trials) >= _LEAST_TRIALS and _varying(search.trials)
-    ]
-    return has_choice[:_MAX_PARALLEL]
+def _decided(at: int, search: Searched) -> Html:
+    """What decides a search's time, in one line."""
+    from agnitra_lab.refine.importance import importance
+
+    found = importance(search.trials)
+    shares = ", ".join(f"{effect.name} {numbers.share(effect.share)}" for effect in found.effects[:_MAX_NAMED])
+    told = f"{shares} of the {numbers.share(found.explained)} that can be predicted" if shares else "cannot be said"
+    return cards.paragraph(cards.label(f"{at + 1}  What decides the time of {search.name}:"), f" {told}.", top=4)
+
+
+def _is_worth_drawing(search: Searched) -> bool:
+    return sum(bool(trial.latency_ms) for trial in search.trials) >= _LEAST_TRIALS and bool(_varying(search.trials))
 
 
 def _varying(trials: Sequence[Trial]) -> list[str]:

@@ -156,6 +156,21 @@ class Workbench(Findings):
             self._await()
         return self.proof if wait else None
 
+    def show_search(self, number: int = 1) -> None:
+        """Show one kernel search: its curve, its configs as parallel lines, and which parameters decide the time.
+
+        Args:
+            number: of the search, from 1 on, in the order of `searches`.
+
+        Raises:
+            UsageError: no such search has ended.
+        """
+        from agnitra_lab.notebook.search_panel import search_card_html, search_card_text
+        from agnitra_lab.notebook.show import send
+
+        html = search_card_html(self, number)
+        send({"text/html": html, "text/plain": search_card_text(self, number)})
+
     # --- how it runs ---
 
     def listen(self, listener: Callable[[bool], None]) -> None:

@@ -17,7 +17,7 @@ from agnitra_lab.report import metrics, numbers, palette, sections
 from agnitra_lab.report.html import Html, join, tag
 
 _MAX_SUGGESTIONS, _MAX_RATIONALE = 8, 160
-_MAX_KERNELS, _MAX_SOURCES, _MAX_SOURCE_LENGTH = 5, 1, 2_400
+_MAX_KERNELS, _MAX_SOURCES, _MAX_SOURCE_LENGTH = 5, 1, 1_500
 _MAX_TOP, _MAX_DESCRIPTORS, _MAX_CANDIDATES = 6, 5, 5
 _MAX_REASON = 180
 _MONO = "font-family:ui-monospace,'SF Mono',Menlo,Consolas,monospace"

@@ -232,3 +232,23 @@ def test_a_trusted_notebook_without_its_kernel_shows_its_cards_and_no_error_in_p
     assert [each.is_visible() for each in error.all()] == [False] * error.count()
     page.screenshot(path=str(desk.folder / "trusted.png"), full_page=True)
     page.close()
+
+
+def test_after_a_restart_of_the_kernel_the_card_stays_the_buttons_say_what_to_do_and_the_cell_makes_new_ones(desk):
+    desk.page.evaluate(
+        "() => { window.__again = 0; window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()"
+        ".then(() => { window.__again = 1 }) }"
+    )
+    desk.page.wait_for_function("() => window.__again === 1", timeout=60_000)
+    desk.page.wait_for_function(browser.READY, timeout=60_000)
+    card = desk.page.locator(".jp-OutputArea-output", has_text="The original is restored, bit for bit.").first
+    assert card.is_visible()
+    if desk.controls.is_visible():
+        desk.controls.locator("button[aria-disabled=false]").first.click()
+        desk.controls.locator(".why", has_text="run this cell again").wait_for(timeout=20_000)
+    desk.run_cell(0)
+    desk.run_cell(1)
+    desk.controls.wait_for(timeout=60_000)
+    desk.button("Run profile").click()
+    desk.wait_for_step("profile", "done")
+    desk.wait_until_idle()

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.search import KernelConfig, Trial
+from agnitra_lab.errors import UsageError
 from agnitra_lab.loop.settings import Settings
 from agnitra_lab.notebook import search_pictures
 from agnitra_lab.notebook.findings import Findings
 from agnitra_lab.notebook.search_facts import Searched, recorded_optimum_ms, searches_of
-from agnitra_lab.notebook.search_panel import search_panel
+from agnitra_lab.notebook.search_panel import search_card_html, search_card_text, search_panel
 from agnitra_lab.refine import replay
 from agnitra_lab.refine.search import search
 from agnitra_lab.workloads.demos import demo
@@ -26,6 +27,8 @@ RECORDED = ("decode_attention", (1, 8, 4, 8192, 128))
 
 class Known(Findings):
     """Findings whose refine step has ended with some searches, or runs with some trials."""
+
+    is_patched = False
 
     def __init__(self, found=(), live=()):
         super().__init__(demo("llama-decode", scale="tiny"), Settings.of())
@@ -43,7 +46,7 @@ class Known(Findings):
 
     @property
     def steps(self):
-        return {"refine": _Step(self.is_ended)}
+        return {"refine": _Step(self.is_ended), "patch": _Step(self.is_patched)}
 
     @steps.setter
     def steps(self, _):
@@ -127,6 +130,22 @@ def test_too_few_trials_draw_no_configs_and_claim_no_importance(found):
     assert len(pictures(search_panel(Known([few])))) == 1
     some = found.model_copy(update={"trials": found.trials[:6]})
     assert "cannot be said" in search_panel(Known([some]))
+
+
+def test_beside_later_steps_a_line_has_to_do_and_the_search_has_a_card_of_its_own(found):
+    known = Known([found])
+    long = search_panel(known)
+    known.is_patched = True
+    short = search_panel(known)
+    assert len(short) < 10_000 < len(long)
+    assert "What decides the time of decode_attention" in short and "SPLIT" in short
+    alone = search_card_html(known, 1)
+    assert len(alone) < 25_000 and len(pictures(alone)) == 2
+    text = search_card_text(known, 1)
+    assert text.count("\n") == len(found.trials) + 1
+    for number in (0, 2):
+        with pytest.raises(UsageError, match=f"no search {number}"):
+            search_card_html(known, number)
 
 
 @settings(max_examples=40, deadline=None)
