@@ -246,7 +246,7 @@ function render({ model, el: root }) {
       set(copied, `Downloaded ${told}. On disk: ${message.path}`);
     } else {
       const content = new TextDecoder().decode(bytes);
-      set(copied, (await copy_text(content)) ? `Copied ${told}.`
+      set(copied, (await copy_text(content)) ? `Copied ${told}. On disk: ${message.path}`
         : `The browser refused the clipboard. The text is selected below: copy it. ${told}`);
     }
     wanted.delete(message.id);
