@@ -46,6 +46,11 @@ ACTIONS: dict[str, Action] = {
             summary="merge linears that share one input (query, key, value) into one GEMM",
         ),
         Action(
+            name="batched_linears",
+            kind="rewrite",
+            summary="run small independent linears of one shape, such as towers, as one batched product",
+        ),
+        Action(
             name="gate_up_concat",
             kind="rewrite",
             summary="merge the gate and up projections of a gated MLP into one GEMM",
@@ -177,6 +182,12 @@ ACTIONS: dict[str, Action] = {
             kind="options",
             needs_cuda=True,
             summary="replay the whole call as one CUDA graph to remove launch gaps",
+        ),
+        Action(
+            name="combo_kernels",
+            kind="options",
+            needs_cuda=True,
+            summary="launch independent small kernels together, as Inductor's combo kernels",
         ),
         Action(name="max_autotune", kind="options", summary="let Inductor benchmark its GEMM and convolution choices"),
     )

@@ -78,6 +78,11 @@ class Plan:
             num_graphs: how many graphs Dynamo makes of the model.
         """
         rows = []
+        if "combo_kernels" in self._possible:
+            # Apart, because it compiles everything anew, and helps where independent small kernels are the time.
+            name = "agnitra:combo-kernels" if best and best.changes else "torch.compile:combo-kernels"
+            kept = best.actions if best else self._base
+            rows.append(Candidate(name, "default", (*kept, "combo_kernels")))
         if self._is_cuda and num_graphs != 1:
             # No graph of ours spans Python between two of Dynamo's; Inductor's own take each by itself.
             rows.append(Candidate("torch.compile:reduce-overhead", "reduce-overhead", is_raw=True))
@@ -108,7 +113,8 @@ class Plan:
 
     def names(self) -> list[str]:
         """Return every name that a plan on this device could hold."""
-        rows = [*self.first(), *self.second(None, 2), Candidate("agnitra:max-autotune", "max-autotune")]
+        ours = Candidate("agnitra", "default", self._changes)
+        rows = [*self.first(), *self.second(None, 2), *self.second(ours, 2)]
         return list(dict.fromkeys(row.name for row in rows))
 
     def _allowed(self, rows: list[Candidate]) -> list[Candidate]:

@@ -17,6 +17,8 @@ OPTION_ACTIONS: dict[str, dict[str, Any]] = {
     "freezing": {"freezing": True},
     # One graph around the whole call (patch/graphed.py) instead of Inductor's, with its wrapper in front of each.
     "cuda_graph": {"triton.cudagraphs": False},
+    # Independent small kernels side by side in one launch: Inductor fuses along data alone by default.
+    "combo_kernels": {"combo_kernels": True},
     "max_autotune": {"max_autotune": True, "coordinate_descent_tuning": True},
 }
 """What each action of kind "options" adds to the Inductor options."""

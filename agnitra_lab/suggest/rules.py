@@ -82,12 +82,23 @@ class Rule:
     saves_idle: bool = False
 
 
+_SMALL_KERNEL_MS = 0.005
+
+
 def _idle_share(situation: Situation) -> float:
     utilisation = situation.record.gpu.gpu_utilisation
     if utilisation is None:
         # Without GPU truth: one token a call is bound by launches, a large batch is not.
         return 0.5 if situation.is_decode else 0.1
     return 1.0 - utilisation
+
+
+def _small_kernel_share(situation: Situation) -> float:
+    """Return the share of the kernels' time in kernels of at most 5 us: about what a launch costs."""
+    kernels = situation.record.kernels
+    total_ms = sum(kernel.device_ms for kernel in kernels)
+    small_ms = sum(k.device_ms for k in kernels if k.num_launches and k.device_ms <= _SMALL_KERNEL_MS * k.num_launches)
+    return small_ms / total_ms if total_ms else 0.0
 
 
 def _row_kernel(
@@ -193,6 +204,14 @@ RULES: tuple[Rule, ...] = (
         "too small to fill a device alone. vLLM ships the same merge (QKVParallelLinear); the gain is an estimate.",
     ),
     Rule(
+        name="small_kernels",
+        action="combo_kernels",
+        applies=lambda s: s.is_cuda and _small_kernel_share(s) > 0.3,
+        expected_share_saved=lambda s: 0.1 * _small_kernel_share(s),
+        reason="Most of the kernels' time is in kernels as short as their launch; Inductor can put independent ones in "
+        "one launch (`combo_kernels`), an estimate until it is measured here.",
+    ),
+    Rule(
         name="gemm_choices",
         action="max_autotune",
         applies=lambda s: s.linear_share + s.conv_share > 0.3,
@@ -262,6 +281,14 @@ RULES: tuple[Rule, ...] = (
         evidence.LINEAR_OPS | evidence.CONV_OPS,
         0.8,
         "A sum or mean after a linear map, or a product with a diagonal, is a smaller linear map.",
+    ),
+    _share_rule(
+        "towers",
+        "batched_linears",
+        evidence.LINEAR_OPS,
+        0.3,
+        "Small products one after another leave most of the device idle; a batched product runs them side by side "
+        "(horizontal fusion, Wang et al. 2021, arXiv:2102.02344), an estimate until it is measured here.",
     ),
     _share_rule(
         "last_position",

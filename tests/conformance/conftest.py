@@ -8,8 +8,10 @@ import pytest
 EVERY = os.environ.get("AGNITRA_EVERY_NTH")
 LONG = {
     "test_models_as_written.py": 16,
+    "test_rewrites_batched.py": 3,
     "test_rewrites_layers.py": 6,
     "test_rewrites_losses.py": 4,
+    "test_rewrites_pointwise.py": 4,
     "test_rewrites_weights.py": 4,
 }
 """File -> n, where only a part of it runs unless AGNITRA_EVERY_NTH says how much."""

@@ -17,7 +17,7 @@ from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.generate import registry
 from agnitra_lab.patch.convolutions import LayoutTimes
 from agnitra_lab.patch.install import install
-from agnitra_lab.patch.rewrites import REWRITES
+from agnitra_lab.patch.rewrites import REWRITES, pointwise_conv
 from agnitra_lab.patch.survey import survey
 
 pytest.importorskip("triton")
@@ -44,18 +44,22 @@ FIRING: dict[str, set[str]] = {
     "geglu by chunk": {"swiglu"},
     "reglu by split": {"swiglu"},
     "packed swiglu": {"swiglu"},
-    "experts in a loop": {"qkv_concat"},
-    "clip": {"skinny_gemm"},
+    "experts in a loop": {"qkv_concat", "batched_linears"},
+    "clip": {"fold_weights", "batched_linears"},
     "swin block": {"fold_weights", "attention_by_hand", "layer_norm"},
     "vit block": {"attention_by_hand", "layer_norm"},
-    "unet block": {"group_norm", "channels_last"},
+    "unet block": {"group_norm", "channels_last", "pointwise_conv"},
+    "unet block, channels innermost": {"pointwise_conv"},
     "convnext v2": {"depthwise_conv", "channel_norm"},
-    "mobilenet v3 block": {"conv_bn_fold", "depthwise_conv"},
-    "conformer convolution": {"layer_norm", "swiglu", "depthwise_conv", "conv_bn_fold"},
+    "mobilenet v3 block": {"conv_bn_fold", "depthwise_conv", "pointwise_conv"},
+    "wavenet": {"pointwise_conv"},
+    "segmentation head": {"pointwise_conv"},
+    "towers": {"batched_linears"},
+    "conformer convolution": {"layer_norm", "swiglu", "depthwise_conv", "conv_bn_fold", "pointwise_conv"},
     "resnet block": {"conv_bn_fold", "channels_last"},
     "mlp mixer": {"layer_norm"},
     "batch norm mlp": {"conv_bn_fold"},
-    "pointnet": {"conv_bn_fold"},
+    "pointnet": {"conv_bn_fold", "pointwise_conv"},
 }
 """Model -> rewrites that must fire in it, in fp32."""
 FORBIDDEN = {"annotated norm": {"layer_norm", "rms_norm"}, "linear attention": {"attention_by_hand", "softmax"}}
@@ -72,6 +76,7 @@ def _fixed_layouts(monkeypatch: pytest.MonkeyPatch):
     """Let every layout change pay: what is measured on two shared cores would differ from run to run."""
     monkeypatch.setattr(LayoutTimes, "of", lambda self, node: (2.0, 1.0))
     monkeypatch.setattr(LayoutTimes, "conversion_ms", lambda self, fake: 0.0)
+    monkeypatch.setattr(pointwise_conv, "measure", lambda *_: (2.0, 1.0))
     yield
     torch._dynamo.reset()
 

@@ -12,6 +12,8 @@ _ORDER = (
     # Gate and up pair off before the other shared linears merge.
     "gate_up_concat",
     "qkv_concat",
+    # What shares an input has merged by now.
+    "batched_linears",
     # It takes the norms of query and key heads along, before those become kernels of their own.
     "cached_attention",
     # Products of few rows take the norm before them and the gate after them before those become kernels of their own.
