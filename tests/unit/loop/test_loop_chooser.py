@@ -163,3 +163,15 @@ def test_after_a_rehearsal_only_what_would_lead_is_built_here():
     assert rows["torch.compile"].status == "rejected"
     assert "agnitra leads" in rows["torch.compile"].reason
     assert rows["agnitra:max-autotune"].reason == "crash in a process"
+
+
+def test_combo_kernels_compete_on_top_of_the_best_and_only_where_they_were_asked_for():
+    plan = Plan(("qkv_concat", "combo_kernels"), "cuda")
+    (ours,) = [candidate for candidate in plan.first() if candidate.name == "agnitra"]
+    assert "combo_kernels" not in ours.actions
+    (combined, *_) = plan.second(ours, 1)
+    assert (combined.name, combined.mode) == ("agnitra:combo-kernels", "default")
+    assert combined.actions == (*ours.actions, "combo_kernels") and combined.changes == ours.changes
+    assert "torch.compile:combo-kernels" in [candidate.name for candidate in plan.second(None, 1)]
+    for other in (Plan(("qkv_concat",), "cuda"), Plan(("qkv_concat", "combo_kernels"), "cpu")):
+        assert not [name for name in other.names() if "combo" in name]
