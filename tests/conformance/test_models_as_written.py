@@ -53,6 +53,8 @@ FIRING: dict[str, set[str]] = {
     "convnext v2": {"depthwise_conv", "channel_norm"},
     "mobilenet v3 block": {"conv_bn_fold", "depthwise_conv", "pointwise_conv"},
     "wavenet": {"pointwise_conv"},
+    "netvlad": {"conv_bn_fold"},
+    "cosine attention": {"fold_weights", "attention_by_hand"},
     "segmentation head": {"pointwise_conv"},
     "towers": {"batched_linears"},
     "conformer convolution": {"layer_norm", "swiglu", "depthwise_conv", "conv_bn_fold", "pointwise_conv"},

@@ -240,6 +240,24 @@ def _segment(m: Any, x: Tensor) -> Tensor:
     return torch.softmax(logits, dim=1)
 
 
+def _netvlad(m: Any, x: Tensor) -> Tensor:
+    """Soft-assign descriptors to clusters: a product with a [K, N] Parameter, a batch norm, softmax, weighted sums."""
+    b, n, e = x.shape
+    chances = F.softmax(m.norm(torch.matmul(x.view(-1, e), m.clusters)), dim=1)[:, :6].view(b, n, 6)
+    totals = chances.sum(dim=1, keepdim=True) * m.centres
+    vlad = torch.matmul(chances.transpose(1, 2), x).transpose(1, 2) - totals
+    return F.normalize(F.normalize(vlad).reshape(b, -1))
+
+
+def _cosine(m: Any, x: Tensor) -> Tensor:
+    """Attend by cosines, scaled by a learned temperature of each head and shifted by a learned bias (Swin V2)."""
+    b, s, _ = x.shape
+    q, k, v = m.qkv(x).reshape(b, s, 3, 4, E // 4).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+    scores = scores * torch.clamp(m.scale, max=4.6).exp() + 16 * torch.sigmoid(m.bias)
+    return m.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(b, s, E))
+
+
 def mlp(rows: int, columns: int) -> nn.Sequential:
     return nn.Sequential(linear(4 * E, columns, True), nn.GELU(), linear(rows, 4 * E, True))
 
@@ -293,6 +311,14 @@ VISION: dict[str, Callable[[], Built]] = {
     "pointnet": lambda: (
         Formula(_pointnet, conv1=nn.Conv1d(3, C, 1), conv2=nn.Conv1d(C, E, 1), bn1=nn.BatchNorm1d(C),
                 bn2=nn.BatchNorm1d(E), head=linear(5, E, True)), (image(B, 3, 30),)
+    ),
+    "netvlad": lambda: (
+        Formula(_netvlad, clusters=nn.Parameter(torch.randn(E, 7) / E), norm=nn.BatchNorm1d(7),
+                centres=nn.Parameter(torch.randn(1, E, 6))), (hidden(),)
+    ),
+    "cosine attention": lambda: (
+        Formula(_cosine, qkv=linear(3 * E, E, True), proj=linear(E, E), scale=nn.Parameter(torch.randn(4, 1, 1)),
+                bias=nn.Parameter(torch.randn(4, 12, 12))), (hidden(),)
     ),
     "segmentation head": lambda: (
         Formula(_segment, body=nn.Conv2d(C, C, 3, padding=1), head=nn.Conv2d(C, 5, 1)), (image(),)

@@ -1,7 +1,8 @@
 """An eval-mode batch norm right after a convolution or a linear is folded into its weight and bias.
 
 Trigger: `batch_norm(layer(x, W, b), mean, var, gamma, beta, training=False)`, the batch norm the only user; the layer
-is a convolution of one to three dimensions, a transposed one without groups, or a linear over rows of features.
+is a convolution of one to three dimensions, a transposed one without groups, or a product of rows of features with a
+weight, in any spelling.
 Algebra: with s = gamma / sqrt(var + eps), s * (W * x + b - mean) + beta = (s W) * x + (s (b - mean) + beta).
 Guard: all weights and statistics are given to the graph, none is written in it, and training is False there; the
 folded copies follow updates of their sources. Folding is computed in float64 and rounded once.
@@ -10,7 +11,8 @@ Source: Jacob et al., arXiv 1712.05877, section 3.2; `torch.nn.utils.fusion.fuse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, fx
 
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext
+from agnitra_lab.patch.matmuls import match_product
 from agnitra_lab.patch.ops import argument, fake_of, memory_root, mutated_roots, op_name
 from agnitra_lab.patch.weights import why_not_derivable
 
@@ -57,13 +60,14 @@ def _batch_norm_arguments(norm: fx.Node) -> dict[str, Any]:
 
 def _why_not_foldable(norm: dict[str, Any], context: RewriteContext) -> str | None:
     conv = norm["input"]
-    if not _is_layer(conv):
+    layer = _layer_of(conv)
+    if layer is None:
         return "the batch norm does not follow a convolution or a linear directly"
     if norm["training"] is not False:
         return "the batch norm uses batch statistics (training mode, or no running statistics)"
     if len(conv.users) != 1:
         return "the layer's own result is used elsewhere too"
-    sources = _sources(conv, norm)
+    sources = _sources(layer, norm)
     tensors = [context.real_tensor(source) for source in sources]
     problem = why_not_derivable(tensors)
     if problem:
@@ -79,39 +83,66 @@ def _why_not_foldable(norm: dict[str, Any], context: RewriteContext) -> str | No
     return None
 
 
-def _is_layer(node: Any) -> bool:
-    """Whether a node is a linear map of its weight whose second dimension is the output channels."""
-    name, result = op_name(node), fake_of(node)
-    if name == "linear":
-        # A batch norm of three dimensions counts the tokens of a linear as channels.
-        return result is not None and result.dim() == 2
-    return name in _CONVOLUTIONS or (name in _TRANSPOSED and argument(node, 6, "groups", 1) == 1)
+@dataclass(frozen=True)
+class _Layer:
+    """A linear map of its weight, whose output channels are the second dimension of the result.
+
+    Attributes:
+        axis: the weight's dimension of output channels.
+        call: (x, weight, bias) -> how the layer is called again, the weight of a product as `linear` takes it.
+    """
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    axis: int
+    call: Callable[..., Any]
+    rest: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    is_product: bool = False
 
 
-def _sources(conv: fx.Node, norm: dict[str, Any]) -> list[fx.Node]:
-    candidates = [argument(conv, 1, "weight"), argument(conv, 2, "bias"), norm["running_mean"], norm["running_var"]]
-    return [source for source in [*candidates, norm["weight"], norm["bias"]] if source is not None]
+def _layer_of(node: Any) -> _Layer | None:
+    name, product = op_name(node), match_product(node)
+    if product is not None:
+        weight, result = fake_of(product.b), fake_of(node)
+        # A batch norm of three dimensions counts the tokens of a product as channels.
+        if weight is None or result is None or weight.dim() != 2 or result.dim() != 2:
+            return None
+        axis, linear = 1 - int(product.is_b_transposed), torch._C._nn.linear
+        return _Layer(product.a, product.b, product.bias, axis, linear, is_product=True)
+    if name not in _CONVOLUTIONS and not (name in _TRANSPOSED and argument(node, 6, "groups", 1) == 1):
+        return None
+    x, weight, bias = (argument(node, index, key) for index, key in enumerate(("input", "weight", "bias")))
+    kwargs = {key: value for key, value in node.kwargs.items() if key not in ("input", "weight", "bias")}
+    return _Layer(x, weight, bias, int(name in _TRANSPOSED), node.target, node.args[3:], kwargs)
+
+
+def _sources(layer: _Layer, norm: dict[str, Any]) -> list[fx.Node]:
+    candidates = [layer.weight, layer.bias, norm["running_mean"], norm["running_var"], norm["weight"], norm["bias"]]
+    return [source for source in candidates if source is not None]
 
 
 def _fold(norm: fx.Node, arguments: dict[str, Any], context: RewriteContext) -> PatchDescriptor:
     conv: fx.Node = arguments["input"]
-    has_bias = argument(conv, 2, "bias") is not None
-    present = (has_bias, arguments["weight"] is not None, arguments["bias"] is not None)
-    eps, axis = float(arguments["eps"]), int(op_name(conv) in _TRANSPOSED)
+    layer = _layer_of(conv)
+    assert layer is not None
+    present = (layer.bias is not None, arguments["weight"] is not None, arguments["bias"] is not None)
+    eps, axis, is_turned = float(arguments["eps"]), layer.axis, layer.is_product and layer.axis == 1
 
     def build_weight(*sources: Tensor) -> Tensor:
-        return _folded(sources, present, eps, axis)[0]
+        weight = _folded(sources, present, eps, axis)[0]
+        return weight.t() if is_turned else weight
 
     def build_bias(*sources: Tensor) -> Tensor:
         return _folded(sources, present, eps, axis)[1]
 
     replacement = f"{op_name(conv)}(folded weight, folded bias)"
     descriptor = context.describe(ACTION, norm, [conv, norm], replacement, {"eps": eps})
-    sources = _sources(conv, arguments)
-    weight = context.derive(f"{ACTION}_weight", sources, build_weight, norm, (present, eps, axis))
-    bias = context.derive(f"{ACTION}_bias", sources, build_bias, norm, (present, eps, axis))
-    kwargs = {name: value for name, value in conv.kwargs.items() if name not in ("input", "weight", "bias")}
-    folded = context.call(norm, conv.target, argument(conv, 0, "input"), weight, bias, *conv.args[3:], **kwargs)  # type: ignore[arg-type]
+    sources, variant = _sources(layer, arguments), (present, eps, axis, is_turned)
+    weight = context.derive(f"{ACTION}_weight", sources, build_weight, norm, variant)
+    bias = context.derive(f"{ACTION}_bias", sources, build_bias, norm, variant)
+    folded = context.call(norm, layer.call, layer.x, weight, bias, *layer.rest, **layer.kwargs)
     folded.meta["example_value"] = fake_of(norm)
     norm.replace_all_uses_with(folded)
     context.graph_module.graph.erase_node(norm)
