@@ -57,6 +57,7 @@ REQUIRED_PATTERN: dict[str, str] = {
     "rms_norm": "rms_norm",
     "conv_bn_fold": "conv_bn",
     "channels_last": "conv",
+    "pointwise_conv": "conv",
 }
 """The pattern that an action rewrites, for where nobody has tried the rewrites on the graph itself."""
 

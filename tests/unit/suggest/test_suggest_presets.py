@@ -10,7 +10,7 @@ from suggest_samples import CPU, CUDA, decoder_profile, decoder_record, event, p
 from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.contracts.graph import WorkloadType
 from agnitra_lab.contracts.suggestion import Suggestion
-from agnitra_lab.contracts.telemetry import Bottleneck
+from agnitra_lab.contracts.telemetry import Bottleneck, KernelEvent
 from agnitra_lab.suggest import presets
 from agnitra_lab.suggest.evidence import REQUIRED_PATTERN
 
@@ -28,6 +28,18 @@ def test_rule_names_are_unique_and_every_action_has_a_rule():
     assert len(set(names)) == len(names)
     assert {rule.action for rule in presets.RULES} == set(ACTIONS)
     assert set(REQUIRED_PATTERN) <= set(ACTIONS)
+
+
+def test_an_action_that_measures_while_it_rewrites_is_asked_for_by_a_pattern():
+    """The survey of a graph leaves them out, so that nothing is timed twice."""
+    assert {name for name, action in ACTIONS.items() if action.is_measured} <= set(REQUIRED_PATTERN)
+
+
+def test_kernels_as_short_as_their_launch_are_put_together_and_long_ones_are_not():
+    for device_ms, is_asked in ((0.04, True), (4.0, False)):
+        kernels = (KernelEvent(kernel="triton_poi_fused", device_ms=device_ms, num_launches=20),)
+        record = decoder_record().model_copy(update={"kernels": kernels})
+        assert ("combo_kernels" in actions_of(presets.suggest(record, decoder_profile(), CUDA))) is is_asked
 
 
 def test_only_templates_come_with_a_kernel_config():
