@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 from agnitra_lab.contracts.search import KernelConfig
 from agnitra_lab.device.graphs import capture
+from agnitra_lab.device.peaks import measure_peaks
 from agnitra_lab.generate import registry
 from agnitra_lab.generate.defaults import default_config
 from agnitra_lab.generate.render import render
@@ -70,13 +71,6 @@ def graph_us(call: Callable[[], Any], num_calls: int) -> float:
         end.synchronize()
         samples.append(start.elapsed_time(end) * 1e3 / num_calls)
     return statistics.median(samples)
-
-
-def copy_gb_per_s() -> float:
-    """Bytes read and written a second by a device copy of 1 GiB."""
-    source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return 2 * 2**30 / graph_us(lambda: target.copy_(source), 1) / 1e3
 
 
 def kernel(template: str, params: Params) -> Callable[..., Any]:
@@ -549,7 +543,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the options ask for and return the figures."""
-    copy = copy_gb_per_s()
+    copy = measure_peaks("cuda", DTYPE).copy_bandwidth_gb_per_s or 1.0
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name(), "copy_gb_per_s": copy}
     print(figures, flush=True)
     ranked: dict[tuple[str, int], list[tuple[float, Params]]] = {}
