@@ -140,7 +140,7 @@ def _curve(
     shapes.append(_stretched(_best_so_far(ratios, x, y), SEARCH_HEIGHT, _COLOURS[index], 3, _DASHES[index]))
     best = min(ratio for ratio in ratios if ratio)
     # Searches that end at the same height still have a number each.
-    return [*shapes, text(percent(x(len(ratios) - 1)), y(best) - 4, str(index + 1), dx=14 + 12 * index)]
+    return [*shapes, text(percent(_RIGHT), y(best) - 4, str(index + 1), dx=2 + 12 * index)]
 
 
 def _parameter_axis(name: str, values: Sequence[int], x: float) -> str:

@@ -19,6 +19,7 @@ from agnitra_lab.contracts.report import STAGES, Checkpoint, StageName
 from agnitra_lab.contracts.search import Trial
 from agnitra_lab.errors import AgnitraError, UsageError
 from agnitra_lab.loop.settings import Settings
+from agnitra_lab.notebook.failures import one_line
 from agnitra_lab.notebook.findings import Findings
 from agnitra_lab.notebook.interrupts import on_stop_button
 from agnitra_lab.notebook.job import GRACE_S, Job, Outcome, torch_state
@@ -75,6 +76,7 @@ class Workbench(Findings):
 
     # --- what it does ---
 
+    @one_line()
     def run_next(self, *, wait: bool = True, **settings: Any) -> None:
         """Run the next step.
 
@@ -89,10 +91,12 @@ class Workbench(Findings):
         """
         self._begin(self._following(settings), is_all=False, settings=settings, wait=wait)
 
+    @one_line()
     def run_all(self, *, wait: bool = True, **settings: Any) -> None:
         """Run all steps that are left; arguments and exceptions are those of `run_next`."""
         self._begin(self._following(settings), is_all=True, settings=settings, wait=wait)
 
+    @one_line()
     def redo(self, stage: StageName, *, wait: bool = True, **settings: Any) -> None:
         """Do a step again, with other settings; the steps after it wait, those before it stay.
 
@@ -131,6 +135,7 @@ class Workbench(Findings):
         job = self._job
         return job is None or job.wait(timeout_s)
 
+    @one_line()
     def rollback(self, *, wait: bool = True) -> RollbackProof | None:
         """Make the drop-in run the original from now on, and prove that nothing of it has changed.
 
@@ -156,6 +161,7 @@ class Workbench(Findings):
             self._await()
         return self.proof if wait else None
 
+    @one_line()
     def show_search(self, number: int = 1) -> None:
         """Show one kernel search: its curve, its configs as parallel lines, and which parameters decide the time.
 

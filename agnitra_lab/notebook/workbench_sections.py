@@ -78,8 +78,8 @@ def _suggest(known: Findings) -> Html:
         Column("Action", 18),
         Column("Taken", 8),
         Column("Expected", 12, is_number=True),
-        Column("Source", 20),
-        Column("Why", 42),
+        Column("Source", 25),
+        Column("Why", 37),
     )
     rows = [
         (

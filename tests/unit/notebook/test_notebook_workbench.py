@@ -308,3 +308,13 @@ def test_the_artifacts_folder_must_be_writable_before_anything_runs(tmp_path):
     with pytest.raises(RunStoreError):
         workbench.run_next()
     assert workbench.steps["profile"].status == "failed"
+
+
+def test_a_refusal_is_one_line_in_a_notebook_and_an_ordinary_error_elsewhere(make):
+    workbench = make(Small(), torch.ones(2, 512))
+    with pytest.raises(UsageError, match="the report comes first") as refused:
+        workbench.rollback()
+    assert refused.value._render_traceback_() == [f"UsageError: {refused.value}"]
+    with pytest.raises(UsageError) as unknown:
+        workbench.show_search(1)
+    assert unknown.value._render_traceback_()[0].startswith("UsageError: There is no search 1. None has ended.")
