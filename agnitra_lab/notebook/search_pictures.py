@@ -15,7 +15,7 @@ from agnitra_lab.notebook.search_facts import Searched
 from agnitra_lab.report import numbers, palette
 from agnitra_lab.report.dashboard_sections import microseconds
 
-SEARCH_HEIGHT = 208
+SEARCH_HEIGHT = 214
 PARALLEL_HEIGHT = 240
 MAX_CURVES = 3
 _LEFT, _RIGHT = 11.0, 96.0
@@ -58,16 +58,16 @@ def search_picture(searches: Sequence[Searched]) -> str:
     for index, ratios in enumerate(curves):
         shapes += _curve(index, ratios, x, y)
     last = num_trials - 1
-    shapes += [text(percent(x(0)), SEARCH_HEIGHT - 38, "trial 1", "m i")]
-    shapes += [text(percent(x(last)), SEARCH_HEIGHT - 38, f"{num_trials}", "m i")] if last else []
+    shapes += [text(percent(x(0)), SEARCH_HEIGHT - 44, "trial 1", "m i")]
+    shapes += [text(percent(x(last)), SEARCH_HEIGHT - 44, f"{num_trials}", "m i")] if last else []
     legend = "dot: one config, at the top edge a slower one; line: the best so far, numbered as in the table"
-    shapes.append(text(percent(_LEFT), SEARCH_HEIGHT - 18, legend, "m"))
+    shapes.append(text(percent(_LEFT), SEARCH_HEIGHT - 24, legend, "m"))
     which = (
         "thin dotted line: the optimum, known because every config of the space was measured"
         if all(are_known)
         else "thin dotted line: the best that was found; nobody has measured the whole space"
     )
-    shapes.append(text(percent(_LEFT), SEARCH_HEIGHT - 2, which, "m"))
+    shapes.append(text(percent(_LEFT), SEARCH_HEIGHT - 7, which, "m"))
     return canvas(SEARCH_HEIGHT, "".join(shapes))
 
 
