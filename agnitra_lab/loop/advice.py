@@ -12,19 +12,20 @@ from dataclasses import dataclass
 
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.kernel import Site
-from agnitra_lab.contracts.search import KernelConfig, SearchSpace, Trial
+from agnitra_lab.contracts.search import KernelConfig, Measurement, SearchSpace, Trial
 from agnitra_lab.errors import AgnitraError, SearchError
 from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate import registry
 from agnitra_lab.loop.chooser import clock_s
 from agnitra_lab.refine import replay
+from agnitra_lab.refine.bound import Bound
+from agnitra_lab.refine.measuring import Measure, takes_bound
 from agnitra_lab.suggest.rounds import Rounds
 from agnitra_lab.suggest.sites import KernelSite, Sibling
 
 MAX_SITES = 12
 _MAX_DETAIL = 300
-
-Measure = Callable[[KernelConfig], float]
+NO_BOUND = Bound()
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Place:
 
     site: Site
     space: SearchSpace
-    measure: Measure
+    measure: Callable[[KernelConfig], float]
     device: DeviceInfo | None = None
 
 
@@ -172,16 +173,18 @@ class Advice:
     def remembering(self, site: Site, measure: Measure) -> Measure:
         """Return a measure that answers once from what was measured here, so that no config is paid for twice.
 
-        Each answer is given out a single time: a finalist is measured again on the device.
+        Each answer is given out a single time: a finalist is measured again on the device. A measure that takes a
+        bound is handed it, so that a hopeless config still ends early.
         """
         kept = dict(self._trials.get(site.key(), {}))
         if not kept:
             return measure
+        has_bound = takes_bound(measure)
 
-        def measured(config: KernelConfig) -> float:
+        def measured(config: KernelConfig, *, bound: Bound = NO_BOUND) -> float | Measurement:
             trial = kept.pop(config.key(), None)
             if trial is None:
-                return measure(config)
+                return measure(config, bound=bound) if has_bound else measure(config)
             if trial.latency_ms is None:
                 raise SearchError(trial.detail or "failed when it was measured for the language model")
             return trial.latency_ms

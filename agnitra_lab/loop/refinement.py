@@ -152,7 +152,8 @@ class Refinement:
         place = self._place(site)
         if place is None:
             return None
-        measure, seeds = place.measure, templates.seed_configs(place.site, self._suggestions)
+        measure: Measure = place.measure
+        seeds = templates.seed_configs(place.site, self._suggestions)
         if self._advice is not None:
             measure = self._advice.remembering(place.site, measure)
             seeds = [*self._advice.seeds(place.site), *seeds]

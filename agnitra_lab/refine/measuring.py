@@ -45,7 +45,7 @@ class Meter:
         self.budget_s = budget_s
         self._measure = measure
         self._trial_timeout_s = trial_timeout_s
-        self._takes_bound = _takes_bound(measure)
+        self._takes_bound = takes_bound(measure)
         self._hand: _Hand | None = None
 
     def take(self, config: KernelConfig, bound: Bound, elapsed_s: float) -> Measurement:
@@ -137,7 +137,8 @@ def _read(value: Any) -> Measurement:
         return failed(error)
 
 
-def _takes_bound(measure: Measure) -> bool:
+def takes_bound(measure: Measure) -> bool:
+    """Tell whether a measure compares its samples with those of the best config."""
     try:
         return "bound" in inspect.signature(measure).parameters
     except (TypeError, ValueError):

@@ -9,11 +9,14 @@ pytest.importorskip("triton")
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.graph import WorkloadProfile, WorkloadType
 from agnitra_lab.contracts.kernel import Site
+from agnitra_lab.contracts.search import KernelConfig, Measurement
 from agnitra_lab.contracts.telemetry import Behavior, GpuTelemetry, OpEvent, TelemetryRecord
 from agnitra_lab.errors import SearchError
 from agnitra_lab.llm.recorded import RecordedClient
 from agnitra_lab.loop.advice import Advice, Place, kernel_sites, replayed
 from agnitra_lab.loop.chooser import clock_s
+from agnitra_lab.refine.bound import Bound, sampled
+from agnitra_lab.refine.search import search
 from agnitra_lab.suggest.budget import Limits
 from agnitra_lab.suggest.rounds import Rounds
 
@@ -98,6 +101,26 @@ def test_a_failure_is_remembered_as_one_and_costs_no_second_try():
     with pytest.raises(SearchError, match="timeout"):
         measure(config)
     assert len(device.asked) == before
+
+
+def test_a_measure_that_ends_hopeless_configs_early_still_does_with_what_is_remembered():
+    advice, device = advised(0)
+    converse(advice, device)
+    bounds: list[Bound] = []
+
+    def measure(config: KernelConfig, *, bound: Bound) -> Measurement:
+        bounds.append(bound)
+        latency_ms, samples_ms, is_aborted = sampled(lambda: device.place.measure(config), bound, num_samples=10)
+        return Measurement(latency_ms=latency_ms, samples_ms=samples_ms, is_aborted=is_aborted)
+
+    remembered = {trial.config.key() for trial in advice.trials(NORM)}
+    measure_or_remember = advice.remembering(NORM, measure)
+    result = search(
+        device.place.space, measure_or_remember, seeds=advice.seeds(NORM), sampler="exhaustive", max_trials=40
+    )
+    asked = [trial for trial in result.trials if trial.config.key() not in remembered]
+    assert remembered and asked and any(bound.samples_ms for bound in bounds)
+    assert any(trial.is_aborted and len(trial.samples_ms) < 10 for trial in asked)
 
 
 def test_no_time_measures_nothing_and_asks_nothing():
