@@ -18,7 +18,8 @@ from agnitra_lab.refine.measuring import Meter
 from agnitra_lab.refine.study import Study
 
 MIN_FINALISTS, MAX_FINALISTS, MOST_FINALISTS = 3, 10, 24
-MIN_ROUNDS, MAX_ROUNDS, MAX_FINALS = 2, 60, 600
+MIN_ROUNDS, MAX_ROUNDS, MAX_FINALS = 2, 400, 1200
+"""Of a kernel of microseconds a round costs nothing, and its noise is large: the time is what ends most races."""
 REACH = 1.10
 """A config more than 10% behind in its first measurement is no finalist, unless there are too few or noise says so."""
 CONFIDENCE = 2.5
@@ -62,6 +63,7 @@ def named(study: Study, meter: Meter, is_stopped: Callable[[], bool]) -> Trial:
                 race.add(study.tell_final(finalist.config, meter.take(finalist.config, Bound(), study.elapsed_s)))
                 num_measured += 1
         race.drop_the_slow()
+        race.narrow(num_measured / MAX_FINALS)
         if not race.standing():
             raise SearchError("Every finalist failed when it was measured again.", hint="Keep the original ops.")
     return race.winner(study.elapsed_s)
@@ -121,6 +123,14 @@ class _Race:
             return
         limit = min(centres.values()) + CONFIDENCE * self._error(num_rounds) + INDIFFERENCE
         self._out.update(key for key, centre in centres.items() if centre > limit)
+
+    def narrow(self, share: float) -> None:
+        """Leave what remains of the measurements to ever fewer: the last ones decide between the two best."""
+        allowed = max(2, math.ceil(MOST_FINALISTS * max(0.0, 1 - share) ** 2))
+        standing = self.standing()
+        if len(standing) > allowed and all(self.count(trial) >= MIN_ROUNDS for trial in standing):
+            ranked = sorted(standing, key=lambda trial: (self._centre(trial), trial.index))
+            self._out.update(trial.config.key() for trial in ranked[allowed:])
 
     def is_decided(self) -> bool:
         standing = self.standing()
