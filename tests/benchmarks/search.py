@@ -4,8 +4,9 @@
 
 The target landscape is unknown to the search; the other recordings of its template are its siblings. Figures are those
 of the search, with the optimum known: medians over landscapes of the medians over 20 seeds. The family ASIDE was never
-looked at while the samplers were tuned, and has figures of its own. Synthetic landscapes have made-up times: theirs are
-named `synthetic_...` and are about robustness only. The last line is a JSON object of figures.
+looked at while the samplers were tuned, and has figures of its own; so has every other family, as `family_...`.
+Synthetic landscapes have made-up times: theirs are named `synthetic_...` and are about robustness only, and `drawn_...`
+where the kernel itself was drawn from a seed that nobody tuned on. The last line is a JSON object of figures.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: figures are 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import synthetic_families
 import synthetic_landscapes
 from numpy.typing import NDArray
 
@@ -39,6 +41,8 @@ from agnitra_lab.refine.study import NOTHING_KNOWN, Knowledge, Study
 ASIDE = ("decode_attention",)
 """Templates that nobody tuned on."""
 NUM_SEEDS, BUDGET = 20, 100
+NUM_DRAWN, FIRST_DRAWN = 12, 100
+"""Kernels drawn for the figures; those of the first seeds are the ones that samplers are tuned on."""
 SLOW = ("tpe", "cmaes", "reinforce", "reinforce-cold")
 SAME_EACH_TIME = ("portfolio",)
 USE_SIBLINGS = ("rl", "portfolio", "reinforce")
@@ -95,6 +99,21 @@ def synthetic_targets() -> list[Target]:
             },
         )
         for index, landscape in enumerate(found)
+    ]
+
+
+def drawn_targets() -> list[Target]:
+    """Drawn kernels; their siblings agree with them strongly, weakly, not at all or the other way round."""
+    return [
+        Target(
+            name=target.family,
+            template=target.space.template,
+            space=target.space,
+            latency_ms={row.config.key(): row.latency_ms for row in _results(target) if row.latency_ms is not None},
+            optimum_ms=target.optimum_ms,
+            siblings={sibling.device: _results(sibling) for sibling in siblings},
+        )
+        for target, siblings in synthetic_families.all_families(NUM_DRAWN, FIRST_DRAWN)
     ]
 
 
@@ -169,6 +188,10 @@ def sampler_figures(
             main = {t.name: found[t.name] for t in targets if t.template not in ASIDE}
             aside = {t.name: found[t.name] for t in targets if t.template in ASIDE}
             figures |= figures_of(label, main) | figures_of(f"aside_{label}", aside)
+            if name == "rl" and not prefix:
+                for family in sorted({target.template for target in targets}):
+                    own = {t.name: found[t.name] for t in targets if t.template == family}
+                    figures |= figures_of(f"family_{family}_{label}", own)
             table[label] = {
                 target: {
                     "to_5_percent": measurements_to(c, 0.05),
@@ -330,11 +353,12 @@ def main() -> None:
         recorded_targets(), options.samplers, num_seeds, options.workers, "", is_quiet=options.json
     )
     if not options.quick and not options.no_synthetic:
-        more, rows = sampler_figures(
-            synthetic_targets(), [name for name in options.samplers if name in ("rl", "portfolio", "random")],
-            max(1, num_seeds // 5), options.workers, "synthetic_", is_quiet=options.json,
-        )  # fmt: skip
-        figures, table = figures | more, table | rows
+        known = [name for name in options.samplers if name in ("rl", "portfolio", "random")]
+        for prefix, targets in (("synthetic_", synthetic_targets()), ("drawn_", drawn_targets())):
+            more, rows = sampler_figures(
+                targets, known, max(1, num_seeds // 10), options.workers, prefix, is_quiet=options.json
+            )
+            figures, table = figures | more, table | rows
     for part in (
         winner_figures(1 if options.quick else 10), latency_figures(), ledger_figures(97 if options.quick else 7)
     ):  # fmt: skip

@@ -60,7 +60,7 @@ class Synthetic:
         return float(np.nanmin(self.latency_ms))
 
 
-def _enumerate(params: dict[str, tuple[int, ...]]) -> Columns:
+def enumerated(params: dict[str, tuple[int, ...]]) -> Columns:
     grid = np.meshgrid(*[np.array(values, dtype=np.float64) for values in params.values()], indexing="ij")
     return {name: axis.ravel() for name, axis in zip(params, grid, strict=True)}
 
@@ -88,7 +88,7 @@ def _matmul(device: Device) -> tuple[dict[str, tuple[int, ...]], Columns, NDArra
         "NDIMC": (8, 16, 32), "KWI": (2, 8), "VWM": (1, 2, 4, 8), "VWN": (1, 2, 4, 8), "SA": (0, 1), "SB": (0, 1),
         "STRM": (0,),
     }  # fmt: skip
-    c = _enumerate(params)
+    c = enumerated(params)
     keep = (c["MWG"] % (c["MDIMC"] * c["VWM"]) == 0) & (c["NWG"] % (c["NDIMC"] * c["VWN"]) == 0)
     c_kept = {name: column[keep] for name, column in c.items()}
     m, n, k = c_kept["MWG"], c_kept["NWG"], c_kept["KWG"]
@@ -127,7 +127,7 @@ def _convolution(device: Device) -> tuple[dict[str, tuple[int, ...]], Columns, N
         "tile_size_x": (1, 2, 3, 4, 5, 6, 7, 8), "tile_size_y": (1, 2, 3, 4, 5, 6, 7, 8),
         "use_padding": (0, 1), "read_only": (0, 1),
     }  # fmt: skip
-    c = _enumerate(params)
+    c = enumerated(params)
     threads = c["block_size_x"] * c["block_size_y"]
     shared_kb = 4 * (c["block_size_x"] * c["tile_size_x"] + 16) * (c["block_size_y"] * c["tile_size_y"] + 16) / 1024
     keep = (
@@ -163,7 +163,7 @@ def _channels(device: Device) -> tuple[dict[str, tuple[int, ...]], Columns, NDAr
         "tile_size_x": (1, 2, 3, 4, 5, 6, 7, 8), "tile_size_y": (1, 2, 3, 4, 5, 6, 7, 8),
         "stride_x": (0, 1), "stride_y": (0, 1), "unroll": (0, 2),
     }  # fmt: skip
-    c = _enumerate(params)
+    c = enumerated(params)
     threads = c["block_size_x"] * c["block_size_y"]
     keep = (threads >= 32) & (threads <= 1024)
     keep &= ((c["tile_size_x"] > 1) | (c["stride_x"] == 0)) & ((c["tile_size_y"] > 1) | (c["stride_y"] == 0))
