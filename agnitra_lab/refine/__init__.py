@@ -10,7 +10,8 @@ siblings.py        what other shapes and devices, hints and the compiler say of 
 foreign.py         from recordings and ledgers to siblings and measures
 space.py           configs as vectors in the unit cube
 sampler.py         what a sampler is, and the table of samplers
-bandit.py          "rl": the contextual bandit; reward.py its two models, gaussian.py and acquisition.py the mathematics
+bandit.py          "rl": the contextual bandit; reward.py its two models, failing.py what does not run at all,
+                   inputs.py and prior.py what is known before, gaussian.py and acquisition.py the mathematics
 portfolio.py, reinforce.py, coordinate.py, evolution.py, parzen.py, random_search.py, exhaustive.py: the other samplers
 environment.py     a gymnasium environment over any space
 replay.py          recorded landscapes, measured on a GPU and replayed anywhere

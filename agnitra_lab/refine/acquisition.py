@@ -61,6 +61,11 @@ def spread_out(
     return chosen
 
 
+def normal_cdf(z: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return how likely a standard normal number is to be below each z, to 1e-7."""
+    return _normal_cdf(z, np.exp(np.float32(-0.5) * z * z) / np.float32(_ROOT_TAU))
+
+
 def _normal_cdf(z: NDArray[Any], density: NDArray[Any]) -> NDArray[Any]:
     """The normal distribution function, to 1e-7.
 

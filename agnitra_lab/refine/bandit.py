@@ -20,21 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agnitra_lab.refine.acquisition import expected_improvement, spread_out
+from agnitra_lab.refine.failing import Failing
 from agnitra_lab.refine.portfolio import Portfolio
-from agnitra_lab.refine.reward import ColdModel, RewardModel, Seen, WarmModel
+from agnitra_lab.refine.reward import CAP, ColdModel, RewardModel, Seen, WarmModel
 from agnitra_lab.refine.sampler import Observation, Problem
 
 NUM_SPREAD = 6
 """Configs that the cold model wants to see, far from each other, before it is asked."""
-NUM_PORTFOLIO = 5
-"""First questions that go to the siblings' best, at most: each sibling's own optimum among them."""
+PORTFOLIO_TURNS = (1, 2, 4, 6, 8)
+"""Questions that go to the siblings' best; the model, which sees whether those disappoint, has the ones between."""
 NUM_DRAWN_ARMS = 384
 COLD_TURN = 4
 """Every so many questions the cold model has its turn whatever the evidence says, once the siblings had their say."""
 NUM_SIBLING_TURNS = 10
-NUM_PATIENT, COLD_TURN_STUCK = 12, 2
+NUM_PATIENT, COLD_TURN_STUCK = 8, 2
 """Questions without anything better after which the cold model has every other turn: the siblings may mislead."""
-NUM_SPREAD_BESIDE = 4
+NUM_SPREAD_BESIDE = 2
 
 
 class Bandit:
@@ -43,8 +44,9 @@ class Bandit:
     def __init__(self, problem: Problem) -> None:
         self._rng = np.random.default_rng(problem.seed)
         self._points = problem.encoding.points
-        self._seen = Seen(len(problem.encoding))
+        self._seen = Seen()
         self._cold = ColdModel(problem, self._seen)
+        self._failing = Failing(self._cold.inputs, problem.siblings)
         self._warm = WarmModel(problem, self._seen) if problem.siblings else None
         self._portfolio = Portfolio(problem) if problem.siblings else None
         self._num_asked = self._num_spread = self._num_since_better = 0
@@ -54,7 +56,7 @@ class Bandit:
         """Return the arm of the highest expected improvement, or one Thompson sample's best arm each of several."""
         num = min(num, int(is_open.sum()))
         self._num_asked += 1
-        if self._portfolio is not None and self._num_asked <= NUM_PORTFOLIO:
+        if self._portfolio is not None and self._num_asked in PORTFOLIO_TURNS:
             return self._portfolio.propose(num, is_open)
         model = self._model()
         if model is self._cold and self._num_spread < self._spread_wanted():
@@ -67,6 +69,7 @@ class Bandit:
     def learn(self, seen: Observation) -> None:
         """Take one arm's latency or failure into both models."""
         self._seen.add(seen)
+        self._failing.add(seen.arm, is_failed=seen.log_ms is None)
         if self._portfolio is not None:
             self._portfolio.learn(seen)
         self._num_since_better += 1
@@ -106,13 +109,19 @@ class Bandit:
 
     def _best(self, model: RewardModel, is_open: NDArray[np.bool_]) -> int:
         mean, deviation = model.predict()
+        odds = self._failing.odds_of_success()
         if not self._seen.num_known:
-            return int(np.argmin(np.where(is_open, mean, np.inf)))
-        gain = expected_improvement(mean, deviation, 0.0) * self._seen.odds_of_success(model)
+            return int(np.argmin(np.where(is_open, mean if odds is None else mean - odds, np.inf)))
+        gain = expected_improvement(mean, deviation, 0.0)
+        if odds is not None:
+            gain *= odds
         return int(np.argmax(np.where(is_open, gain, -np.inf)))
 
     def _drawn(self, model: RewardModel, is_open: NDArray[np.bool_], num: int) -> list[int]:
         mean, deviation = model.predict()
+        odds = self._failing.odds_of_success()
+        if odds is not None:
+            mean = mean + np.float32(CAP) * (1 - odds)
         optimistic = np.where(is_open, mean - 2 * deviation, np.inf)
         size = min(int(is_open.sum()), max(NUM_DRAWN_ARMS, 2 * num))
         arms = np.argpartition(optimistic, size - 1)[:size]

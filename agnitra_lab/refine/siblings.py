@@ -31,11 +31,13 @@ class Sibling:
         name: for people, such as "4096x2048 on NVIDIA H200".
         log_ms: [configs] float64, the logarithm of the latency there; known or filled, never NaN.
         is_known: [configs] bool, where it was really measured.
+        is_failed: [configs] bool, where it failed; none that was not measured.
     """
 
     name: str
     log_ms: NDArray[np.float64]
     is_known: NDArray[np.bool_]
+    is_failed: NDArray[np.bool_]
 
 
 def sibling_of(name: str, results: Iterable[ForeignResult], encoding: Encoding) -> Sibling | None:
@@ -65,7 +67,8 @@ def sibling_of(name: str, results: Iterable[ForeignResult], encoding: Encoding) 
     log_ms = np.where(is_known, values[at], 0.0)
     if not is_known.all():
         log_ms[~is_known] = _filled(wanted[~is_known], given, values)
-    return Sibling(name, log_ms, is_known)
+    failed = np.array([row.latency_ms is None for row in rows])
+    return Sibling(name, log_ms, is_known, is_known & failed[at])
 
 
 def hints_of(hints: Sequence[KernelConfig], encoding: Encoding) -> Sibling | None:
@@ -80,7 +83,7 @@ def hints_of(hints: Sequence[KernelConfig], encoding: Encoding) -> Sibling | Non
         return None
     steps = np.abs(encoding.points[:, None, :] - points[None, :, :]).sum(axis=2)
     log_ms = (steps + 0.1 * np.arange(len(points))).min(axis=1)
-    return Sibling("hints", log_ms, np.ones(len(encoding), dtype=bool))
+    return Sibling("hints", log_ms, np.ones(len(encoding), dtype=bool), np.zeros(len(encoding), dtype=bool))
 
 
 def facts_of(facts: Mapping[str, Mapping[str, float]] | None, encoding: Encoding) -> NDArray[np.float64]:
