@@ -23,6 +23,10 @@ OPTION_ACTIONS: dict[str, dict[str, Any]] = {
 }
 """What each action of kind "options" adds to the Inductor options."""
 
+# With Triton among the choices a product of an odd width needs no padding, whose result had to be copied into rows of
+# the original's width: 0.43 ms of 1.93 for GPT-2's logits (4 x 1024 x 50257, H200).
+_OURS: dict[str, dict[str, Any]] = {"max-autotune": {"shape_padding": False}}
+
 
 def merge_options(
     workload: Workload, actions: Sequence[str], options: Mapping[str, Any], base_mode: str | None
@@ -41,7 +45,7 @@ def merge_options(
     Raises:
         PatchError: an unknown mode.
     """
-    merged = {**(mode_options(base_mode) if base_mode else {}), **options}
+    merged = {**(mode_options(base_mode) if base_mode else {}), **_OURS.get(base_mode or "", {}), **options}
     taken: list[str] = []
     refusals: list[Refusal] = []
     for action in (action for action in OPTION_ACTIONS if action in actions):

@@ -9,10 +9,18 @@ EQUAL = Equivalence(
 )  # fmt: skip
 
 
-def comparison(verdict: str, speedup: float, candidate: str = "c", baseline: str = "eager") -> Comparison:
+def comparison(
+    verdict: str, speedup: float, candidate: str = "c", baseline: str = "eager", gpu_ms: float | None = None
+) -> Comparison:
     latency = Latency(latency_ms_p50=1.0, latency_ms_p20=0.9, latency_ms_p80=1.1, num_samples=10)
+    own = latency
+    if gpu_ms is not None:
+        own = Latency(
+            latency_ms_p50=gpu_ms, latency_ms_p20=0.99 * gpu_ms, latency_ms_p80=1.01 * gpu_ms, num_samples=10,
+            device_ms_p50=gpu_ms,
+        )  # fmt: skip
     return Comparison(
-        workload="w", baseline=baseline, candidate=candidate, baseline_latency=latency, candidate_latency=latency,
+        workload="w", baseline=baseline, candidate=candidate, baseline_latency=latency, candidate_latency=own,
         speedup=Ratio(median=speedup, low=speedup * 0.98, high=speedup * 1.02),
         noise=Ratio(median=1, low=0.99, high=1.01),
         baseline_items_per_second=1.0, candidate_items_per_second=1.0, item_unit="calls",
@@ -28,6 +36,16 @@ def test_only_a_candidate_that_is_proved_faster_is_eligible() -> None:
 def test_candidates_rank_by_their_paired_speed_up() -> None:
     rows = [judge(str(speedup), comparison("faster", speedup), 1.0) for speedup in (1.2, 1.9, 1.5)]
     assert [row.name for row in ranking(rows)] == ["1.9", "1.5", "1.2"]
+
+
+def test_on_an_accelerator_candidates_rank_by_their_own_time_whatever_the_baseline_took() -> None:
+    rows = [
+        judge(f"{gpu_ms} ms", comparison("faster", speedup, gpu_ms=gpu_ms), 1.0)
+        for gpu_ms, speedup in ((1.6, 16.2), (1.1, 15.5), (1.2, 13.5))
+    ]
+    assert [row.name for row in ranking(rows)] == ["1.1 ms", "1.2 ms", "1.6 ms"]
+    assert is_clear(rows[1], rows[0])
+    assert not is_clear(rows[1], rows[2])
 
 
 def test_no_change_is_told_with_the_baselines_own_noise() -> None:
