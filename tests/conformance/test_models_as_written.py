@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from written_language import LANGUAGE
+from written_others import OTHERS
 from written_vision import VISION, with_statistics
 
 from agnitra_lab.benchmark.equivalence import check
@@ -22,7 +23,7 @@ from agnitra_lab.patch.survey import survey
 
 pytest.importorskip("triton")
 
-MODELS = {**LANGUAGE, **VISION}
+MODELS = {**LANGUAGE, **VISION, **OTHERS}
 
 FIRING: dict[str, set[str]] = {
     "gemma": {"fold_weights", "last_token_head", "gate_up_concat", "qkv_concat", "rms_norm", "swiglu"},
@@ -54,6 +55,17 @@ FIRING: dict[str, set[str]] = {
     "mobilenet v3 block": {"conv_bn_fold", "depthwise_conv", "pointwise_conv"},
     "wavenet": {"pointwise_conv"},
     "netvlad": {"conv_bn_fold"},
+    "latent attention": {"qkv_concat", "rms_norm"},
+    "detr encoder": {"open_layers", "attention_by_hand", "layer_norm"},
+    "merged lora": {"fold_weights", "qkv_concat"},
+    "standardised convolution": {"fold_weights"},
+    "shufflenet block": {"conv_bn_fold", "pointwise_conv", "depthwise_conv"},
+    "rwkv channel mix": {"fold_weights"},
+    "inception block": {"channels_last", "pointwise_conv"},
+    "transformer-xl attention": {"fold_weights", "attention_by_hand", "qkv_concat"},
+    "one key head": {"attention_by_hand", "qkv_concat"},
+    "perceiver": {"open_layers", "layer_norm"},
+    "loss of an embedding": {"cross_entropy"},
     "cosine attention": {"fold_weights", "attention_by_hand"},
     "segmentation head": {"pointwise_conv"},
     "towers": {"batched_linears"},
@@ -119,4 +131,4 @@ def test_each_rewrite_that_a_survey_finds_keeps_the_outputs_by_itself(name: str)
 def test_the_table_names_models_and_actions_that_exist() -> None:
     assert set(FIRING) | set(FORBIDDEN) <= set(MODELS)
     assert set().union(*FIRING.values()) <= set(ACTIONS)
-    assert len(MODELS) >= 40
+    assert len(MODELS) >= 50

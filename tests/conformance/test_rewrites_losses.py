@@ -77,6 +77,7 @@ LOSSES: dict[str, Any] = {
         torch.einsum("bsk,vk->bsv", x, m.head.weight).reshape(-1, V), t.reshape(-1), label_smoothing=0.1
     ),
     "nll_loss": lambda m, x, t: F.nll_loss(F.log_softmax(m.head(x).view(-1, V), -1), t.view(-1)),
+    "nll_loss of a view": lambda m, x, t: F.nll_loss(F.log_softmax(m.head(x), dim=-1).view(-1, V), t.view(-1)),
     "log_softmax in fp32": lambda m, x, t: F.nll_loss(
         F.log_softmax(m.head(x).view(-1, V), -1, dtype=torch.float32), t.view(-1)
     ),

@@ -171,6 +171,12 @@ LOSSES: dict[str, Any] = {
     "module": flat(lambda x, t: nn.CrossEntropyLoss()(x.float(), t)),
     "smoothed": flat(lambda x, t: nn.CrossEntropyLoss(label_smoothing=0.1)(x, t)),
     "nll_loss": flat(lambda x, t: functional.nll_loss(functional.log_softmax(x, -1), t)),
+    "nll_loss of a view": lambda m, x, t: functional.nll_loss(
+        functional.log_softmax(m.square(x), dim=-1).view(-1, WIDTH), t.view(-1)
+    ),
+    "nll_loss of a view, each": lambda m, x, t: functional.nll_loss(
+        m.square(x).log_softmax(2).flatten(0, 1), t.flatten(), reduction="none"
+    ),
     "NLLLoss": flat(lambda x, t: nn.NLLLoss(reduction="none")(nn.LogSoftmax(dim=1)(x), t)),
     "gathered": lambda m, x, t: -torch.log_softmax(m.square(x), -1).gather(-1, t.clamp(min=0)[..., None]).squeeze(-1),
     "given logits": lambda m, x, t: functional.cross_entropy(x[0], t[0]),

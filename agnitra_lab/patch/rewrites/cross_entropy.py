@@ -123,10 +123,31 @@ def match_loss(node: fx.Node) -> Loss | str | None:
     class_dim = fake.dim() - 1 if fake.dim() == 2 else 1
     if name == "cross_entropy":
         return Loss(x, target, rules, node, (node,), class_dim)
-    if op_name(x) != "log_softmax":
+    views = _merging_views(x) if class_dim == fake.dim() - 1 else []
+    chances: Any = views[-1].args[0] if views else x
+    if op_name(chances) != "log_softmax":
         return "the nll_loss does not follow a log_softmax directly"
-    problem = _why_not_log_softmax(x, class_dim)
-    return problem or Loss(argument(x, 0, "input"), target, rules, node, (x, node), class_dim)
+    class_dim = _rank(chances) - 1 if views else class_dim
+    problem = _why_not_log_softmax(chances, class_dim)
+    nodes = (chances, *reversed(views), node)
+    return problem or Loss(argument(chances, 0, "input"), target, rules, node, nodes, class_dim)
+
+
+def _merging_views(node: Any) -> list[fx.Node]:
+    """Return the views that only put rows one after another and that nobody else reads, outermost first."""
+    found: list[fx.Node] = []
+    while op_name(node) in ("view", "reshape", "flatten", "contiguous") and len(node.users) == 1:
+        before, after = fake_of(node.args[0]), fake_of(node)
+        if before is None or after is None or before.dim() < 2 or before.shape[-1] != after.shape[-1]:
+            break
+        found.append(node)
+        node = node.args[0]
+    return found
+
+
+def _rank(node: Any) -> int:
+    fake = fake_of(node)
+    return fake.dim() if fake is not None else 0
 
 
 def _match_gather(node: fx.Node) -> Loss | str | None:

@@ -30,6 +30,7 @@ from agnitra_lab.patch.ops import argument, fake_of, op_name
 
 ACTION = "pointwise_conv"
 _LEAST_GAIN = 1.03
+_HALF = (torch.bfloat16, torch.float16)
 _RANKS = {"conv1d": 3, "conv2d": 4, "conv3d": 5}
 
 
@@ -130,6 +131,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, is_innermost: bool)
     matrix = weight.flatten(1)
     if is_innermost:
         return torch.nn.functional.linear(x.movedim(1, -1), matrix, bias)
+    if bias is not None and x.dtype in _HALF:
+        return torch.baddbmm(bias[:, None], matrix.expand(x.shape[0], -1, -1), x.flatten(2))
     out = torch.matmul(matrix, x.flatten(2))
     return out if bias is None else out + bias[:, None]
 
@@ -148,9 +151,15 @@ def _replace(
         out = emit(context, node, torch._C._nn.linear, turned, matrix, found.bias)
         out = emit(context, node, torch.movedim, out, -1, 1)
     else:
-        out = emit(context, node, torch.matmul, matrix, emit(context, node, torch.flatten, found.x, 2))
-        if found.bias is not None:
-            out = emit(context, node, torch.add, out, emit(context, node, torch.unsqueeze, found.bias, -1))
+        planes = emit(context, node, torch.flatten, found.x, 2)
+        column = None if found.bias is None else emit(context, node, torch.unsqueeze, found.bias, -1)
+        if column is not None and old.dtype in _HALF:
+            # One rounding, as the convolution has: the sum of a rounded product and a bias is rounded twice.
+            matrix = emit(context, node, "expand", matrix, int(old.shape[0]), -1, -1)
+            out = emit(context, node, torch.baddbmm, column, matrix, planes)
+        else:
+            out = emit(context, node, torch.matmul, matrix, planes)
+            out = out if column is None else emit(context, node, torch.add, out, column)
         out = emit(context, node, torch.reshape, out, tuple(int(size) for size in old.shape))
     node.replace_all_uses_with(out)
     if out.meta["example_value"].stride() != old.stride():
