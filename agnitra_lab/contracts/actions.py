@@ -76,6 +76,7 @@ ACTIONS: dict[str, Action] = {
         Action(
             name="padded_linear",
             kind="rewrite",
+            needs_cuda=True,
             is_measured=True,
             summary="pad half-precision weights of odd widths to what tensor cores take, where that measures faster",
         ),

@@ -58,8 +58,12 @@ REQUIRED_PATTERN: dict[str, str] = {
     "conv_bn_fold": "conv_bn",
     "channels_last": "conv",
     "pointwise_conv": "conv",
+    "padded_linear": "linear",
 }
 """The pattern that an action rewrites, for where nobody has tried the rewrites on the graph itself."""
+
+_MAKES_WORK_FOR = {"sdpa_backend": ("attention_by_hand", "open_layers")}
+"""Measured action -> those that make what it works on: attention by hand has no backend until it is one call."""
 
 
 def share_of(record: TelemetryRecord, ops: frozenset[str]) -> float:
@@ -124,9 +128,12 @@ def widest_row(record: TelemetryRecord, ops: frozenset[str]) -> int | None:
 
 def is_present(pattern: str, record: TelemetryRecord, profile: WorkloadProfile) -> bool:
     """Whether a structure is there: matched in the graph or, where no graph was analysed, betrayed by its ops."""
+    seen = {event.op for event in record.events} or {record.bottleneck.op if record.bottleneck else ""}
+    if pattern == "linear":
+        # One op and no structure: the analysis does not list it.
+        return bool(seen & LINEAR_OPS)
     if profile.patterns:
         return profile.has_pattern(pattern)
-    seen = {event.op for event in record.events} or {record.bottleneck.op if record.bottleneck else ""}
     betrayed_by = {
         "transformer_attention": bool(seen & ATTENTION_OPS),
         "gated_mlp": bool(seen & SILU_OPS) and "aten::mul" in seen and bool(seen & LINEAR_OPS),
@@ -158,6 +165,7 @@ def possible_actions(
             else action.kind == "options"
             or name in findable
             or (action.is_measured and _has_target(name, record, profile))
+            or any(maker in findable for maker in _MAKES_WORK_FOR.get(name, ()))
         )
     )
 

@@ -12,7 +12,7 @@ from agnitra_lab.contracts.graph import WorkloadType
 from agnitra_lab.contracts.suggestion import Suggestion
 from agnitra_lab.contracts.telemetry import Bottleneck, KernelEvent
 from agnitra_lab.suggest import presets
-from agnitra_lab.suggest.evidence import REQUIRED_PATTERN
+from agnitra_lab.suggest.evidence import REQUIRED_PATTERN, possible_actions
 
 
 def actions_of(suggestions: list[Suggestion]) -> list[str]:
@@ -33,6 +33,14 @@ def test_rule_names_are_unique_and_every_action_has_a_rule():
 def test_an_action_that_measures_while_it_rewrites_is_asked_for_by_a_pattern():
     """The survey of a graph leaves them out, so that nothing is timed twice."""
     assert {name for name, action in ACTIONS.items() if action.is_measured} <= set(REQUIRED_PATTERN)
+
+
+def test_what_a_rewrite_makes_is_there_for_an_action_that_measures_it():
+    by_hand = profile(pattern("transformer_attention", "matmul", actions=["qkv_concat"]))
+    assert "sdpa_backend" not in possible_actions(decoder_record(), by_hand, CUDA, frozenset())
+    for maker in ("attention_by_hand", "open_layers"):
+        assert {"sdpa_backend", maker} <= set(possible_actions(decoder_record(), by_hand, CUDA, {maker}))
+    assert "padded_linear" in possible_actions(decoder_record(), by_hand, CUDA, frozenset())
 
 
 def test_kernels_as_short_as_their_launch_are_put_together_and_long_ones_are_not():
