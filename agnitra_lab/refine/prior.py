@@ -6,7 +6,9 @@ much of a latency belongs to one config alone.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,9 @@ SURE = 0.7
 SLOPE_SPREAD = 0.3
 """Of the factor by which a landscape's differences are larger or smaller than its siblings'."""
 MAX_SIBLINGS, NUM_CONFIGS, NUM_STEPS, LEAST_CONFIGS = 4, 160, 20, 8
+_MAX_REMEMBERED = 64
+_remembered: dict[bytes, HyperPrior] = {}
+"""Priors by their content: a resumed search, another seed or a second site of one shape fits nothing again."""
 
 
 def flat_prior(num_features: int) -> HyperPrior:
@@ -32,33 +37,51 @@ def flat_prior(num_features: int) -> HyperPrior:
     return _prior(lengths, AMPLITUDE, NUGGET, BLOCKS)
 
 
-def shape_prior(inputs: Inputs, bent: Floats, seed: int) -> HyperPrior:
+def shape_prior(inputs: Inputs, bent: Floats) -> HyperPrior:
     """Learn from the siblings what such landscapes are like, without believing where their optima are.
 
     Args:
         inputs: of all configs.
         bent: [siblings, configs], their bent logarithms of latency.
-        seed: of the choice of configs.
     """
-    prior = flat_prior(inputs.features.shape[1])
-    if not len(bent) or len(inputs) < LEAST_CONFIGS:
-        return prior
-    fitted = []
-    for index, own in enumerate(bent[:MAX_SIBLINGS]):
-        chosen = _sample(own, seed, index)
-        basis = Basis(np.ones((len(chosen), 1)), np.zeros(1), np.zeros(1))
-        fitted.append(_fitted(inputs.at(chosen), own[chosen], basis, prior))
-    return HyperPrior(Hyper.of(np.mean(fitted, axis=0), len(BLOCKS)), prior.spread * SURE)
+    return _once(_shape_prior, inputs, bent)
 
 
-def difference_prior(inputs: Inputs, bent: Floats, seed: int) -> HyperPrior:
+def difference_prior(inputs: Inputs, bent: Floats) -> HyperPrior:
     """Learn from the siblings how siblings differ: each in turn is the target, the mean of the others its guess.
 
     Args:
         inputs: of all configs, without the siblings.
         bent: [siblings, configs], their bent logarithms of latency.
-        seed: of the choice of configs.
     """
+    return _once(_difference_prior, inputs, bent)
+
+
+def _once(learn: Callable[[Inputs, Floats], HyperPrior], inputs: Inputs, bent: Floats) -> HyperPrior:
+    digest = hashlib.sha256(learn.__name__.encode())
+    for array in (inputs.features, *inputs.blocks, bent):
+        digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    key = digest.digest()
+    if key not in _remembered:
+        if len(_remembered) >= _MAX_REMEMBERED:
+            _remembered.pop(next(iter(_remembered)))
+        _remembered[key] = learn(inputs, bent)
+    return _remembered[key]
+
+
+def _shape_prior(inputs: Inputs, bent: Floats) -> HyperPrior:
+    prior = flat_prior(inputs.features.shape[1])
+    if not len(bent) or len(inputs) < LEAST_CONFIGS:
+        return prior
+    fitted = []
+    for index, own in enumerate(bent[:MAX_SIBLINGS]):
+        chosen = _sample(own, index)
+        basis = Basis(np.ones((len(chosen), 1)), np.zeros(1), np.zeros(1))
+        fitted.append(_fitted(inputs.at(chosen), own[chosen], basis, prior))
+    return HyperPrior(Hyper.of(np.mean(fitted, axis=0), len(BLOCKS)), prior.spread * SURE)
+
+
+def _difference_prior(inputs: Inputs, bent: Floats) -> HyperPrior:
     lengths = np.append(flat_prior(inputs.features.shape[1]).mean.log_lengths, math.log(LENGTH_OF_MEAN))
     prior = _prior(lengths, AMPLITUDE_APART, NUGGET_APART, BLOCKS_APART)
     if len(bent) < 2 or len(inputs) < LEAST_CONFIGS:
@@ -67,7 +90,7 @@ def difference_prior(inputs: Inputs, bent: Floats, seed: int) -> HyperPrior:
     for index, own in enumerate(bent[:MAX_SIBLINGS]):
         others = np.delete(bent, index, axis=0)
         mean = others.mean(axis=0)
-        chosen = _sample(np.minimum(mean, own), seed, index)
+        chosen = _sample(np.minimum(mean, own), index)
         here = with_siblings(inputs, others).at(chosen)
         fitted.append(_fitted(here, own[chosen], basis_of(mean[chosen]), prior))
     return HyperPrior(
@@ -92,9 +115,9 @@ def _fitted(inputs: Inputs, values: Floats, basis: Basis, prior: HyperPrior) -> 
     return fitter.best(inputs, values, basis).vector()
 
 
-def _sample(bent: Floats, seed: int, index: int) -> NDArray[np.intp]:
+def _sample(bent: Floats, index: int) -> NDArray[np.intp]:
     """Choose configs to fit a sibling to, half of them among its best, where the search will be."""
-    rng = np.random.default_rng([seed, index])
+    rng = np.random.default_rng(index)
     size = min(NUM_CONFIGS, len(bent))
     best = np.argsort(bent, kind="stable")[: 4 * size]
     return np.union1d(

@@ -139,7 +139,7 @@ class ColdModel(RewardModel):
 
     def __init__(self, problem: Problem, seen: Seen) -> None:
         inputs = inputs_of(problem)
-        prior = shape_prior(inputs, bent_siblings(problem), problem.seed)
+        prior = shape_prior(inputs, bent_siblings(problem))
         super().__init__(inputs, Basis(np.ones((len(inputs), 1)), np.zeros(1), np.zeros(1)), prior, seen)
 
 
@@ -154,7 +154,7 @@ class WarmModel(RewardModel):
         self._bent = bent_siblings(problem)
         self._weights = np.full(len(self._bent), 1 / len(self._bent))
         inputs = inputs_of(problem)
-        prior = difference_prior(inputs, self._bent, problem.seed)
+        prior = difference_prior(inputs, self._bent)
         super().__init__(with_siblings(inputs, self._bent), basis_of(self._weights @ self._bent), prior, seen)
 
     def shares(self) -> dict[str, float]:

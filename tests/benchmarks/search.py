@@ -1,6 +1,7 @@
 """How many measurements each sampler needs, on recorded landscapes, one shape left out at a time.
 
-    python tests/benchmarks/search.py [--quick] [--json] [--samplers rl ...] [--seeds 20] [--artifacts DIR]
+    python tests/benchmarks/search.py [--quick] [--json] [--samplers rl ...] [--seeds 20] [--only PART ...]
+                                      [--parts DIR] [--artifacts DIR]
 
 The target landscape is unknown to the search; the other recordings of its template are its siblings. Figures are those
 of the search, with the optimum known: medians over landscapes of the medians over 20 seeds. The family ASIDE was never
@@ -46,6 +47,7 @@ NUM_DRAWN, FIRST_DRAWN = 12, 100
 SLOW = ("tpe", "cmaes", "reinforce", "reinforce-cold")
 SAME_EACH_TIME = ("portfolio",)
 USE_SIBLINGS = ("rl", "portfolio", "reinforce")
+PARTS = ("recorded", "synthetic", "drawn", "winner", "latency", "ledger")
 NEVER = 10**6
 """Measurements of a run that did not get there: the median shows it as more than the budget."""
 
@@ -338,6 +340,43 @@ def hash_of(config: KernelConfig) -> int:
     return sum(value * 31**index for index, value in enumerate(config.params.values()))
 
 
+def _parts(options: argparse.Namespace, num_seeds: int) -> tuple[dict[str, float | None], dict]:
+    """Run each part, or read it where an earlier run has kept it: parts may run side by side, and after a kill."""
+
+    def known(prefix: str, targets: list[Target], seeds: int) -> tuple[dict, dict]:
+        names = [name for name in options.samplers if not prefix or name in ("rl", "portfolio", "random")]
+        return sampler_figures(targets, names, seeds, options.workers, prefix, is_quiet=options.json)
+
+    is_left_out = options.quick or options.no_synthetic
+    runs = {
+        "recorded": lambda: known("", recorded_targets(), num_seeds),
+        "synthetic": lambda: (
+            ({}, {}) if is_left_out else known("synthetic_", synthetic_targets(), max(1, num_seeds // 10))
+        ),
+        "drawn": lambda: ({}, {}) if is_left_out else known("drawn_", drawn_targets(), max(1, num_seeds // 10)),
+        "winner": lambda: (winner_figures(1 if options.quick else 10), {}),
+        "latency": lambda: (latency_figures(), {}),
+        "ledger": lambda: (ledger_figures(97 if options.quick else 7), {}),
+    }
+    figures: dict[str, float | None] = {}
+    table: dict = {}
+    for part in options.only:
+        kept = Path(options.parts) / f"{part}.json" if options.parts else None
+        if kept is not None and kept.exists():
+            found = json.loads(kept.read_text())
+        else:
+            found = runs[part]()
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(found))
+        figures, table = figures | found[0], table | found[1]
+        if not options.json:
+            print(
+                *(f"  {key:<60}{value:.4g}\n" for key, value in found[0].items() if value is not None), sep="", end=""
+            )
+    return figures, table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 seeds, no synthetic landscapes")
@@ -346,25 +385,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS)
     parser.add_argument("--no-synthetic", action="store_true", help="recordings only")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="some parts")
+    parser.add_argument("--parts", help="folder that each part's figures are kept in; those that are there are not run")
     parser.add_argument("--artifacts", help="file the figures as a run in this folder")
     options = parser.parse_args()
     num_seeds = 2 if options.quick else options.seeds
-    figures, table = sampler_figures(
-        recorded_targets(), options.samplers, num_seeds, options.workers, "", is_quiet=options.json
-    )
-    if not options.quick and not options.no_synthetic:
-        known = [name for name in options.samplers if name in ("rl", "portfolio", "random")]
-        for prefix, targets in (("synthetic_", synthetic_targets()), ("drawn_", drawn_targets())):
-            more, rows = sampler_figures(
-                targets, known, max(1, num_seeds // 10), options.workers, prefix, is_quiet=options.json
-            )
-            figures, table = figures | more, table | rows
-    for part in (
-        winner_figures(1 if options.quick else 10), latency_figures(), ledger_figures(97 if options.quick else 7)
-    ):  # fmt: skip
-        figures |= part
-        if not options.json:
-            print(*(f"  {key:<60}{value:.4g}\n" for key, value in part.items()), sep="", end="")
+    figures, table = _parts(options, num_seeds)
     figures["num_seeds"] = num_seeds
     if options.artifacts:
         _file(options.artifacts, options.quick, figures, table)
