@@ -114,7 +114,8 @@ class RewardModel:
             self._fitted_at = due
             self._next = Process(self._single, self._fitter.best(*self._fitted()))
             self._next.begin(list(self._seen.arms))
-            if num >= NUM_DEAR:
+            # A large space waits for the next question: a fit and its first rows at once would be the slowest one.
+            if num * len(self._single) >= NUM_FILLED_A_TIME:
                 return
         if self._next.fill(NUM_FILLED_A_TIME):
             self._process, self._next = self._next, None
