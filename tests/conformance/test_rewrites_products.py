@@ -118,6 +118,13 @@ def test_the_activation_after_a_product_is_part_of_it(activation, function):
 
 
 @pytest.mark.usefixtures("everything_gains")
+def test_a_product_reads_what_the_one_before_it_gave_after_its_activation():
+    model = Products(lambda m, x: torch.relu(x @ m.square) @ m.square)
+    made = check_applied("split_gemm", model, X).descriptors
+    assert [descriptor.config["activation"] for descriptor in made] == ["relu", "none"]
+
+
+@pytest.mark.usefixtures("everything_gains")
 def test_merged_weights_are_split_and_follow_what_they_were_merged_of():
     model = Products(lambda m, x: m.a(x) * 2 + m.b(x).relu())
     patch = install(

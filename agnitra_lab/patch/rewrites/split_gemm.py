@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from agnitra_lab.contracts.kernel import Kernel
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, erase_unused
-from agnitra_lab.patch.matmuls import MatMul, find_products
+from agnitra_lab.patch.matmuls import MatMul, find_products, match_product
 from agnitra_lab.patch.ops import argument, fake_of, memory_root, mutated_roots, op_name
 from agnitra_lab.patch.weights import why_not_derivable
 
@@ -54,7 +54,10 @@ def apply(
     products = find_products(graph_module.graph)
     if not products:
         context.refuse(ACTION, "the graph has no product of two matrices")
-    for product in products:
+    for found in products:
+        # Again, because the kernel of the one before may have taken the activation that this one reads.
+        product = match_product(found.node)
+        assert product is not None
         problem = _why_not(product, context)
         if problem:
             context.refuse(ACTION, problem)
