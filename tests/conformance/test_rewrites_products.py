@@ -120,7 +120,7 @@ def test_the_activation_after_a_product_is_part_of_it(activation, function):
 @pytest.mark.usefixtures("everything_gains")
 def test_a_product_reads_what_the_one_before_it_gave_after_its_activation():
     model = Products(lambda m, x: torch.relu(x @ m.square) @ m.square)
-    made = check_applied("split_gemm", model, X).descriptors
+    made = check_applied("split_gemm", model, X, expected=2).descriptors
     assert [descriptor.config["activation"] for descriptor in made] == ["relu", "none"]
 
 
