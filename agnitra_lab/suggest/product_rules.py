@@ -45,7 +45,7 @@ def skinny_gemm(s: KernelSituation) -> list[Target]:
         warps = max(1, min(8, next_power_of_two(num_cols * s.itemsize // 512)))
         block_n = 4 if num_weight_rows <= 4096 and num_cols * s.itemsize <= 4096 else 2
         shapes = [(block_n, warps), (6 - block_n, warps), (block_n, warps // 2), (1, warps), (8, warps),
-                  (2, warps // 4), (4, warps // 2), (1, warps // 2)]  # fmt: skip
+                  (2, 2 * warps), (4, warps // 2), (1, warps // 2)]  # fmt: skip
         return [
             {
                 "BLOCK_N": rows,
