@@ -38,6 +38,24 @@ def ranking(results: Sequence[CandidateResult]) -> list[CandidateResult]:
     return sorted(eligible, key=_speedup, reverse=True)
 
 
+def contenders(results: Sequence[CandidateResult]) -> list[CandidateResult]:
+    """Return what is worth a longer measurement, the best first: the eligible, else what a short one could not decide.
+
+    On a busy machine the baseline against itself spreads so far in a second that nothing is proved faster. Equivalent
+    candidates whose whole interval is above 1 are then asked again, for longer; they win only if that proves it.
+    """
+    found = ranking(results)
+    if found:
+        return found
+    asked = [result for result in results if result.comparison is not None]
+    undecided = [
+        result
+        for result in asked
+        if result.comparison.verdict == "no_change" and result.comparison.speedup.low > 1  # type: ignore[union-attr]
+    ]
+    return sorted(undecided, key=_speedup, reverse=True)
+
+
 def is_clear(first: CandidateResult, second: CandidateResult) -> bool:
     """Say whether one eligible result leads by so much that no other moment in time would turn the order around."""
     if first.comparison is None or second.comparison is None:

@@ -71,7 +71,7 @@ class Chooser:
     @property
     def best(self) -> str | None:
         """Name of the fastest equivalent candidate so far."""
-        ranked = contest.ranking(self.results)
+        ranked = contest.contenders(self.results)
         return ranked[0].name if ranked else None
 
     def run(self) -> None:
@@ -123,7 +123,7 @@ class Chooser:
         if candidate.mode == "default" and result.status != "failed":
             self._compile_s = clock_s() - started_s
             self._num_graphs = rehearsed.num_graphs
-        if contest.ranking([*self.results, result])[:1] == [result]:
+        if contest.contenders([*self.results, result])[:1] == [result]:
             return True
         if result.status != "failed":
             self._candidates[candidate.name] = candidate
@@ -136,7 +136,7 @@ class Chooser:
 
     def _drop_losers(self) -> None:
         """Free what cannot win any more: derived weights, graphs and outputs of many candidates would fill a device."""
-        kept = {result.name for result in contest.ranking(self.results)[:_NUM_KEPT]}
+        kept = {result.name for result in contest.contenders(self.results)[:_NUM_KEPT]}
         kept |= {name for name in self.patches if name == "agnitra"}
         for name in [name for name in self.patches if name not in kept]:
             self.patches.pop(name).discard()
@@ -155,20 +155,20 @@ class Chooser:
         return None
 
     def _best_ms(self) -> float | None:
-        ranked = contest.ranking(self.results)
+        ranked = contest.contenders(self.results)
         comparison = ranked[0].comparison if ranked else None
         return comparison.candidate_latency.latency_ms_p50 if comparison else None
 
     def _best_changed(self) -> Candidate | None:
         """Return the fastest with changes of ours; where none is eligible, the one with all: one may spoil it."""
-        for result in contest.ranking(self.results):
+        for result in contest.contenders(self.results):
             candidate = self._candidates[result.name]
             if candidate.changes:
                 return candidate
         return self._all_changes
 
     def _best_compiled(self) -> Candidate | None:
-        for result in contest.ranking(self.results):
+        for result in contest.contenders(self.results):
             candidate = self._candidates[result.name]
             if candidate.mode != "eager":
                 return candidate

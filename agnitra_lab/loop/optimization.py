@@ -389,9 +389,9 @@ class Optimization:
         The best of several first measurements flatters itself, and two first measurements share no moment in time.
 
         Returns:
-            The finalists head to head; None when fewer than two candidates are faster than eager.
+            The finalists head to head; None when fewer than two candidates are, or may be, faster than eager.
         """
-        ranked = contest.ranking(self.results)
+        ranked = contest.contenders(self.results)
         final = None
         if len(ranked) > 1 and not contest.is_clear(ranked[0], ranked[1]):
             final = self._head_to_head(ranked[0].name, ranked[1].name)

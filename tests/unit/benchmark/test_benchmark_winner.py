@@ -1,6 +1,6 @@
 """Which candidate is kept, and what the table says of the others."""
 
-from agnitra_lab.benchmark.winner import is_clear, judge, pass_over, ranking
+from agnitra_lab.benchmark.winner import contenders, is_clear, judge, pass_over, ranking
 from agnitra_lab.contracts.measurement import Comparison, Equivalence, Latency, Ratio
 
 EQUAL = Equivalence(
@@ -46,6 +46,14 @@ def test_on_an_accelerator_candidates_rank_by_their_own_time_whatever_the_baseli
     assert [row.name for row in ranking(rows)] == ["1.1 ms", "1.2 ms", "1.6 ms"]
     assert is_clear(rows[1], rows[0])
     assert not is_clear(rows[1], rows[2])
+
+
+def test_where_nothing_is_proved_faster_what_may_be_is_measured_again() -> None:
+    rows = [judge(f"{speedup}", comparison("no_change", speedup), 1.0) for speedup in (1.01, 1.1, 1.15)]
+    wrong = judge("wrong", comparison("not_equivalent", 1.4), 1.0)
+    assert [row.name for row in contenders([*rows, wrong])] == ["1.15", "1.1"]
+    proved = judge("proved", comparison("faster", 1.05), 1.0)
+    assert contenders([*rows, proved]) == [proved]
 
 
 def test_no_change_is_told_with_the_baselines_own_noise() -> None:

@@ -51,7 +51,9 @@ def result_of(name, latency_ms, verdict="faster"):
     return CandidateResult(name=name, status=status, reason="", compile_s=0.1, comparison=comparison)
 
 
-def run(times_ms, *, budget_s=60.0, limit_ms=None, device="cuda", fails=(), num_graphs=1, found=ACTIONS):
+def run(
+    times_ms, *, budget_s=60.0, limit_ms=None, device="cuda", fails=(), num_graphs=1, found=ACTIONS, verdict="faster"
+):
     built = {}
 
     def build(candidate):
@@ -62,7 +64,7 @@ def run(times_ms, *, budget_s=60.0, limit_ms=None, device="cuda", fails=(), num_
 
     def screen(name, patch):
         time_ms = times_ms.get(name, 9.0)
-        return result_of(name, time_ms, "faster" if time_ms < 10 else "slower")
+        return result_of(name, time_ms, verdict if time_ms < 10 else "slower")
 
     chooser = Chooser(Plan(ACTIONS, device), build, screen, budget_s=budget_s, limit_ms=limit_ms)
     chooser.run()
@@ -120,6 +122,12 @@ def test_a_failure_is_recorded_and_the_contest_goes_on():
     chooser, _ = run({"torch.compile": 5.0}, fails=("agnitra", "cuda_graph"))
     assert [result.status for result in chooser.results[:3]] == ["failed", "failed", "kept"]
     assert chooser.best == "torch.compile"
+
+
+def test_what_a_short_measurement_could_not_decide_stays_usable_for_a_longer_one():
+    chooser, built = run({"agnitra": 8.0, "torch.compile": 8.5}, verdict="no_change")
+    assert chooser.best == "agnitra"
+    assert not built["torch.compile"].is_discarded
 
 
 def test_losers_let_go_of_their_memory():
