@@ -47,13 +47,7 @@ def contenders(results: Sequence[CandidateResult]) -> list[CandidateResult]:
     found = ranking(results)
     if found:
         return found
-    asked = [result for result in results if result.comparison is not None]
-    undecided = [
-        result
-        for result in asked
-        if result.comparison.verdict == "no_change" and result.comparison.speedup.low > 1  # type: ignore[union-attr]
-    ]
-    return sorted(undecided, key=_speedup, reverse=True)
+    return sorted(filter(_is_undecided, results), key=_speedup, reverse=True)
 
 
 def is_clear(first: CandidateResult, second: CandidateResult) -> bool:
@@ -88,6 +82,11 @@ def pass_over(
 
 def _interval(ratio: Ratio) -> str:
     return f"{ratio.median:.3f}x [{ratio.low:.3f}, {ratio.high:.3f}]"
+
+
+def _is_undecided(result: CandidateResult) -> bool:
+    compared = result.comparison
+    return compared is not None and compared.verdict == "no_change" and compared.speedup.low > 1
 
 
 def _speedup(result: CandidateResult) -> float:

@@ -161,18 +161,13 @@ class Chooser:
 
     def _best_changed(self) -> Candidate | None:
         """Return the fastest with changes of ours; where none is eligible, the one with all: one may spoil it."""
-        for result in contest.contenders(self.results):
-            candidate = self._candidates[result.name]
-            if candidate.changes:
-                return candidate
-        return self._all_changes
+        return next((candidate for candidate in self._ranked() if candidate.changes), self._all_changes)
 
     def _best_compiled(self) -> Candidate | None:
-        for result in contest.contenders(self.results):
-            candidate = self._candidates[result.name]
-            if candidate.mode != "eager":
-                return candidate
-        return None
+        return next((candidate for candidate in self._ranked() if candidate.mode != "eager"), None)
+
+    def _ranked(self) -> list[Candidate]:
+        return [self._candidates[result.name] for result in contest.contenders(self.results)]
 
 
 def clock_s() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,14 +44,14 @@ def describe(device: str, num_devices: int) -> tuple[DeviceInfo, list[Seat]]:
     if not device.startswith("cuda") or not torch.cuda.is_available():
         return info.describe(device), [Seat()]
     if num_devices == 1:
-        return _facts(device), [Seat()]
+        return _facts([device])[0], [Seat()]
     visible = _visible()
     if device != "cuda" or num_devices > len(visible):
         raise UsageError(
             f"{num_devices} devices asked for, {device!r} has {len(visible) if device == 'cuda' else 1}.",
             hint="Give --devices a number that nvidia-smi shows, and --device cuda or nothing.",
         )
-    found = [_facts(f"cuda:{index}") for index in range(num_devices)]
+    found = _facts([f"cuda:{index}" for index in range(num_devices)])
     kinds = list(dict.fromkeys(facts.name for facts in found))
     if len(kinds) > 1:
         raise UsageError(f"Devices of several kinds: {', '.join(kinds)}.", hint=f"Choose those of one: {_VISIBLE}.")
@@ -63,12 +64,15 @@ def _visible() -> list[str]:
     return named or [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _facts(device: str) -> DeviceInfo:
-    # In a process of its own: a CUDA context in this one would hold memory of the device for nothing.
+def _facts(devices: Sequence[str]) -> list[DeviceInfo]:
+    found = []
+    # In a process of its own: a CUDA context in this one would hold memory of the devices for nothing.
     with Worker() as worker:
-        outcome = worker.run(
-            "agnitra_lab.device.info:describe", (device,), name=device, deadline_s=_DESCRIBE_LIMIT_S
-        )  # fmt: skip
-    if outcome.status != "ok":
-        raise AgnitraError(f"Device {device!r} does not answer: {outcome.message}.", hint="Check nvidia-smi.")
-    return outcome.value
+        for device in devices:
+            outcome = worker.run(
+                "agnitra_lab.device.info:describe", (device,), name=device, deadline_s=_DESCRIBE_LIMIT_S
+            )  # fmt: skip
+            if outcome.status != "ok":
+                raise AgnitraError(f"Device {device!r} does not answer: {outcome.message}.", hint="Check nvidia-smi.")
+            found.append(outcome.value)
+    return found

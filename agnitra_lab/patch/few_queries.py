@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from agnitra_lab.patch.layouts import is_dense
 from agnitra_lab.patch.ops import argument, fake_of, is_written_between, memory_root, op_name
 
 MAX_QUERIES = 4
@@ -44,21 +45,9 @@ def why_not(node: fx.Node, arguments: dict[str, Any]) -> str | None:
         return "attention has dropout, or is_causal, which hides all keys but the first few from so few queries"
     if isinstance(arguments["scale"], fx.Node) or isinstance(arguments["enable_gqa"], fx.Node):
         return "scale or enable_gqa is computed in the graph"
-    if any(tensor.stride(3) != 1 for tensor in (q, k, v, out)) or not _is_dense(out):
+    if any(tensor.stride(3) != 1 for tensor in (q, k, v, out)) or not is_dense(out):
         return "the head dimension is not contiguous"
     return _why_not_mask(arguments["attn_mask"], q, k)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the strides are those of some order of the dimensions, without gaps."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= int(size)
-    return True
 
 
 def _why_not_mask(mask: Any, q: Tensor, k: Tensor) -> str | None:

@@ -63,7 +63,8 @@ class GraphedCall:
         self._is_cloned = [
             isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in owned for leaf in self._leaves
         ]
-        self._strides = (strides.of if strides is not None else _unchanged)(len(self._leaves))
+        num_leaves = len(self._leaves)
+        self._strides = strides.of(num_leaves) if strides is not None else [None] * num_leaves
 
     def __call__(self, given: Sequence[Any]) -> Any:
         """Replay the call on new input leaves."""
@@ -87,10 +88,6 @@ def _captured(call: Callable[[], Any]) -> tuple[Segments, Any]:
         # Cutting asks more of a call than capturing does: its ops must go through the dispatcher undisturbed.
         torch.cuda.synchronize()
         return capture(call, num_warm_calls=_NUM_WARM_CALLS)
-
-
-def _unchanged(num_leaves: int) -> list[None]:
-    return [None] * num_leaves
 
 
 def _refuse_uncapturable(leaves: Sequence[Any]) -> None:

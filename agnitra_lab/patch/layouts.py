@@ -9,10 +9,22 @@ from torch import Tensor, fx
 from torch.utils import _pytree
 
 from agnitra_lab.patch.context import RewriteContext, infer
-from agnitra_lab.patch.ops import fake_of, is_in_place
+from agnitra_lab.patch.ops import fake_of, is_in_place, is_torchs_own
 
 CHANNELS_LAST: dict[int, torch.memory_format] = {4: torch.channels_last, 5: torch.channels_last_3d}
 """Tensor rank -> the format with the channels innermost."""
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the strides are those of some order of the dimensions, without gaps or overlaps."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= int(size)
+    return True
 
 
 def restrided(node: fx.Node, like: Tensor, before: fx.Node, context: RewriteContext) -> fx.Node:
@@ -75,9 +87,8 @@ class LayoutFlow:
 def _is_torch(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target not in ("as_strided", "stride", "storage_offset", "data_ptr")
-    module = str(getattr(node.target, "__module__", None) or "torch")
-    is_known = module.startswith(("torch", "_operator", "builtins")) and not hasattr(node.target, "_schema")
-    return node.op == "call_function" and is_known and not (is_in_place(node) and node.kwargs.get("out") is not None)
+    is_known = node.op == "call_function" and is_torchs_own(node.target)
+    return is_known and not (is_in_place(node) and node.kwargs.get("out") is not None)
 
 
 def _strides(value: Any) -> list[Any]:

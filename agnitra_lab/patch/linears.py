@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +14,15 @@ from torch import Tensor, fx
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext
 from agnitra_lab.patch.matmuls import find_products
-from agnitra_lab.patch.ops import binary, fake_of, is_written_between, memory_root, mutated_roots, op_name
+from agnitra_lab.patch.ops import (
+    binary,
+    escaping_roots,
+    fake_of,
+    is_written_between,
+    memory_root,
+    mutated_roots,
+    op_name,
+)
 from agnitra_lab.patch.weights import why_not_derivable
 
 
@@ -113,7 +120,7 @@ def merge(action: str, group: Sequence[Linear], context: RewriteContext) -> Patc
         f"linear(concat of {len(group)} weights)",
         {"num_linears": len(group), "in_features": _in_features(first, context), "out_features": list(sizes)},
     )
-    escaping = _escaping_roots(graph)
+    escaping = escaping_roots(graph)
     sides = tuple(linear.is_transposed for linear in group)
 
     def concat(*weights: Tensor) -> Tensor:
@@ -162,12 +169,6 @@ def _in_features(linear: Linear, context: RewriteContext) -> int:
 def _record_fake(node: fx.Node, like: Tensor | None, width: int) -> None:
     if like is not None:
         node.meta["example_value"] = like.new_empty((*like.shape[:-1], width))
-
-
-def _escaping_roots(graph: fx.Graph) -> set[fx.Node]:
-    """Memory roots that leave the graph, as outputs or as the receiver of a later write."""
-    output: Any = next(iter(graph.find_nodes(op="output")))
-    return {memory_root(node) for node in output.all_input_nodes}
 
 
 def _allow_strided(node: fx.Node) -> None:

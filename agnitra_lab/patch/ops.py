@@ -322,6 +322,17 @@ def written_nodes(node: fx.Node) -> Iterator[fx.Node]:
         yield node.args[0]
 
 
+def is_torchs_own(target: Any) -> bool:
+    """Whether a function comes with torch or Python: an operator with a schema of its own may be anybody's."""
+    module = str(getattr(target, "__module__", None) or "torch")
+    return module.startswith(("torch", "_operator", "builtins")) and not hasattr(target, "_schema")
+
+
+def escaping_roots(graph: fx.Graph) -> set[fx.Node]:
+    """Return the memory roots that leave the graph as outputs."""
+    return {memory_root(node) for output in graph.find_nodes(op="output") for node in output.all_input_nodes}
+
+
 def mutated_roots(graph: fx.Graph) -> set[fx.Node]:
     """Return the memory roots that anything in the graph writes to."""
     return {memory_root(target) for node in graph.nodes for target in written_nodes(node)}

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from agnitra_lab.patch.layouts import is_dense
+
 Strides = tuple[int, ...]
 
 
 def strides_of(outputs: Any) -> list[Strides | None]:
     """Return the strides of each leaf of a result; None for what is no tensor, or a view with gaps or overlaps."""
     return [
-        leaf.stride() if isinstance(leaf, Tensor) and leaf.layout is torch.strided and _is_packed(leaf) else None
+        leaf.stride() if isinstance(leaf, Tensor) and leaf.layout is torch.strided and is_dense(leaf) else None
         for leaf in _pytree.tree_leaves(outputs)
     ]
 
@@ -73,12 +75,3 @@ def _differs(leaf: Tensor, strides: Strides) -> bool:
     if leaf.layout is not torch.strided or leaf.dim() != len(strides) or leaf.numel() == 0:
         return False
     return any(size > 1 and have != want for size, have, want in zip(leaf.shape, leaf.stride(), strides, strict=True))
-
-
-def _is_packed(leaf: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(leaf.stride(), leaf.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True

@@ -36,6 +36,7 @@ _PRODUCERS = {
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 }  # fmt: skip
 _CONSUMERS = _PRODUCERS | {"topk", "sort", "multinomial"}
+_MERGING = {"contiguous", "view", "reshape", "flatten"}
 _COPIES = {"contiguous", "reshape", "flatten", "reshape_as"}
 
 
@@ -45,6 +46,23 @@ def is_last_dim(dim: Any, node: Any) -> bool:
     if isinstance(dim, (tuple, list)) and len(dim) == 1:
         dim = dim[0]
     return fake is not None and fake.dim() > 0 and isinstance(dim, int) and dim in (-1, fake.dim() - 1)
+
+
+def rank(node: Any) -> int:
+    """Return the number of dimensions of a node's value, 0 where it is not known."""
+    fake = fake_of(node)
+    return fake.dim() if fake is not None else 0
+
+
+def has_same_rows(node: Any) -> bool:
+    """Whether a node's value and its first argument have rows of one length, by their shapes."""
+    before, after = fake_of(node.args[0]) if node.args else None, fake_of(node)
+    return before is not None and after is not None and before.dim() >= 2 and before.shape[-1] == after.shape[-1]
+
+
+def merges_rows(node: Any) -> bool:
+    """Whether a node only puts the rows of its first argument one after another, in whatever leading dimensions."""
+    return op_name(node) in _MERGING and has_same_rows(node)
 
 
 def has_plain_rows(fake: Tensor) -> bool:

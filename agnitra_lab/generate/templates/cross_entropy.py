@@ -263,6 +263,13 @@ def launch(
     config = tuple(params[name] for name in PARAMS)
     loss_dtype = dtype if reduction == "none" else torch.float32
     loss = torch.ops.agnitra.cross_entropy(x, target, ignore_index, label_smoothing, loss_dtype, *config)
+    return _reduced(loss, target, ignore_index, reduction, dtype)
+
+
+def _reduced(
+    loss: torch.Tensor, target: torch.Tensor, ignore_index: int, reduction: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """Reduce losses [...] as torch does, a mean over the tokens that count; only a reduced one is given the dtype."""
     if reduction == "none":
         return loss
     total = loss.sum()

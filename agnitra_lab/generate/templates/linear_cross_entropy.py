@@ -22,7 +22,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from agnitra_lab.contracts.search import SearchSpace
 from agnitra_lab.errors import TemplateError
 from agnitra_lab.generate.points import check_call, drawer, enumerate_space, itemsize, next_power_of_two
-from agnitra_lab.generate.templates.cross_entropy import REDUCTIONS, _loss
+from agnitra_lab.generate.templates import cross_entropy
+from agnitra_lab.generate.templates.cross_entropy import REDUCTIONS, _loss, _reduced
 
 PARAMS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT", "FLATTEN", "num_warps", "num_stages")
 
@@ -254,10 +255,7 @@ def launch(
     loss_dtype = dtype if reduction == "none" else torch.float32
     rules = (ignore_index, label_smoothing, loss_dtype)
     loss = torch.ops.agnitra.linear_cross_entropy(x, weight, bias, target, *rules, *config)
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return (total if reduction == "sum" else total / (target != ignore_index).sum()).to(dtype)
+    return _reduced(loss, target, ignore_index, reduction, dtype)
 
 
 def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
@@ -274,6 +272,7 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
     largest = min(128, max(16, next_power_of_two(num_tokens)))
 
     def is_valid(point: dict[str, int]) -> bool:
+        """Leave out what spills or does not fit, blocks of another shape than the work, too few or many programs."""
         block_m, block_n, block_k = point["BLOCK_M"], point["BLOCK_N"], point["BLOCK_K"]
         num_tiles = (num_classes + block_n - 1) // block_n
         num_programs = (num_tokens + block_m - 1) // block_m * point["SPLIT"]
@@ -362,14 +361,10 @@ def reference(
     """Compute the same in plain torch, with logits in fp32; fp64 stays fp64."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     logits = functional.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-    loss = functional.cross_entropy(
-        logits.reshape(-1, weight.shape[0]),
-        target.reshape(-1),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-    )
-    return (loss.reshape(target.shape) if reduction == "none" else loss).to(out_dtype or x.dtype)
+    return cross_entropy.reference(
+        logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
+        out_dtype=out_dtype or x.dtype,
+    )  # fmt: skip
 
 
 def supports(

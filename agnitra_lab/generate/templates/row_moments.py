@@ -229,6 +229,15 @@ def _chunk_kernel(
 
 
 @triton.jit
+def _read_parts(moments, count, num_cols, CACHE: tl.constexpr):
+    # A part without values has nothing in memory.
+    mean = tl.load(moments, mask=count > 0, other=0.0, cache_modifier=CACHE)
+    rest = tl.load(moments + 1, mask=count > 0, other=0.0, cache_modifier=CACHE)
+    m2 = tl.load(moments + 2, mask=count > 0, other=0.0, cache_modifier=CACHE)
+    return _merge_parts(mean, rest, m2, count.to(tl.float32), num_cols * 1.0)
+
+
+@triton.jit
 def _apply_kernel(
     x_ptr,
     moments_ptr,
@@ -260,10 +269,7 @@ def _apply_kernel(
     count = tl.where(parts < SPLIT, count, 0)
     row = (pid % num_rows).to(tl.int64)
     moments = moments_ptr + (row * SPLIT + parts) * 3
-    mean_parts = tl.load(moments, mask=count > 0, other=0.0)
-    rest_parts = tl.load(moments + 1, mask=count > 0, other=0.0)
-    m2_parts = tl.load(moments + 2, mask=count > 0, other=0.0)
-    mean, rest, m2 = _merge_parts(mean_parts, rest_parts, m2_parts, count.to(tl.float32), num_cols * 1.0)
+    mean, rest, m2 = _read_parts(moments, count, num_cols, "")
     scale = _scale_of(m2, num_cols * 1.0, eps)
     num_steps = tl.cdiv(tl.maximum(num_cols - first, 0), CYCLE)
     for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
@@ -332,10 +338,7 @@ def _joined_kernel(
     count = tl.minimum(tl.maximum(num_cols - parts * BLOCK_N, 0), BLOCK_N)
     moments = moments_ptr + (row * SPLIT + parts) * 3
     # Past the L1: other multiprocessors wrote these.
-    mean_parts = tl.load(moments, mask=count > 0, other=0.0, cache_modifier=".cg")
-    rest_parts = tl.load(moments + 1, mask=count > 0, other=0.0, cache_modifier=".cg")
-    m2_parts = tl.load(moments + 2, mask=count > 0, other=0.0, cache_modifier=".cg")
-    mean, rest, m2 = _merge_parts(mean_parts, rest_parts, m2_parts, count.to(tl.float32), num_cols * 1.0)
+    mean, rest, m2 = _read_parts(moments, count, num_cols, ".cg")
     scale = _scale_of(m2, num_cols * 1.0, eps)
     weight, bias = _affine(
         weight_ptr, bias_ptr, offs_m, start, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
@@ -348,6 +351,7 @@ KERNELS = (
     _two_parts,
     _merge_moments,
     _merge_parts,
+    _read_parts,
     _update_moments,
     _scale_of,
     _sum_at,

@@ -21,7 +21,7 @@ from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext
 from agnitra_lab.patch.emit import emit
 from agnitra_lab.patch.matmuls import MatMul, find_products
-from agnitra_lab.patch.ops import fake_of, memory_root, mutated_roots, written_nodes
+from agnitra_lab.patch.ops import escaping_roots, fake_of, is_written_between, memory_root, mutated_roots, written_nodes
 from agnitra_lab.patch.weights import why_not_derivable
 
 ACTION = "batched_linears"
@@ -93,13 +93,12 @@ def _why_not(group: Sequence[MatMul], context: RewriteContext) -> str | None:
     if dtypes != {_fake(first.a).dtype}:
         return "inputs, weights and biases differ in dtype"
     graph = context.graph_module.graph
-    if any(memory_root(node) in mutated_roots(graph) for node in (*weights, *biases)):
+    written = mutated_roots(graph)
+    if any(memory_root(node) in written for node in (*weights, *biases)):
         return "the graph writes to a weight"
-    nodes = list(graph.nodes)
-    for product in group:
-        later = nodes[nodes.index(product.node) :]
-        if any(memory_root(target) is memory_root(product.a) for node in later for target in written_nodes(node)):
-            return "the graph writes to an input after its product"
+    last = next(iter(reversed(graph.nodes)))
+    if any(is_written_between(memory_root(product.a), product.node, last) for product in group):
+        return "the graph writes to an input after its product"
     return None
 
 
@@ -129,7 +128,7 @@ def _batch(group: Sequence[MatMul], context: RewriteContext) -> PatchDescriptor:
         batched = emit(context, at, torch.baddbmm, bias, stacked, weight)
     else:
         batched = emit(context, at, torch.bmm, stacked, weight)
-    escaping = {memory_root(node) for out in graph.find_nodes(op="output") for node in out.all_input_nodes}
+    escaping = escaping_roots(graph)
     for index, product in enumerate(group):
         piece = emit(context, at, torch.select, batched, 0, index)
         piece = emit(context, at, torch.reshape, piece, tuple(int(size) for size in _fake(product.node).shape))

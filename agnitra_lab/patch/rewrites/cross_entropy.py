@@ -30,6 +30,8 @@ from agnitra_lab.patch.rows import (
     has_plain_rows,
     is_last_dim,
     is_written,
+    merges_rows,
+    rank,
     why_fused_before,
     widened,
 )
@@ -127,7 +129,7 @@ def match_loss(node: fx.Node) -> Loss | str | None:
     chances: Any = views[-1].args[0] if views else x
     if op_name(chances) != "log_softmax":
         return "the nll_loss does not follow a log_softmax directly"
-    class_dim = _rank(chances) - 1 if views else class_dim
+    class_dim = rank(chances) - 1 if views else class_dim
     problem = _why_not_log_softmax(chances, class_dim)
     nodes = (chances, *reversed(views), node)
     return problem or Loss(argument(chances, 0, "input"), target, rules, node, nodes, class_dim)
@@ -136,18 +138,10 @@ def match_loss(node: fx.Node) -> Loss | str | None:
 def _merging_views(node: Any) -> list[fx.Node]:
     """Return the views that only put rows one after another and that nobody else reads, outermost first."""
     found: list[fx.Node] = []
-    while op_name(node) in ("view", "reshape", "flatten", "contiguous") and len(node.users) == 1:
-        before, after = fake_of(node.args[0]), fake_of(node)
-        if before is None or after is None or before.dim() < 2 or before.shape[-1] != after.shape[-1]:
-            break
+    while merges_rows(node) and len(node.users) == 1:
         found.append(node)
         node = node.args[0]
     return found
-
-
-def _rank(node: Any) -> int:
-    fake = fake_of(node)
-    return fake.dim() if fake is not None else 0
 
 
 def _match_gather(node: fx.Node) -> Loss | str | None:
@@ -180,10 +174,7 @@ def _merges(found: Loss) -> list[fx.Node]:
     if x is None or found.class_dim != x.dim() - 1:
         return nodes
     node: Any = found.x
-    while op_name(node) in ("contiguous", "view", "reshape", "flatten") or (is_widening(node) and nodes):
-        before, after = fake_of(node.args[0]), fake_of(node)
-        if before is None or after is None or before.dim() < 2 or before.shape[-1] != after.shape[-1]:
-            break
+    while merges_rows(node) or (is_widening(node) and nodes):
         nodes.append(node)
         node = node.args[0]
     return nodes

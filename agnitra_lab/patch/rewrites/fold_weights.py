@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.constants import is_of_the_model
 from agnitra_lab.patch.context import RewriteContext, erase_unused
-from agnitra_lab.patch.ops import fake_of, is_in_place, memory_root, mutated_roots, op_name
+from agnitra_lab.patch.ops import fake_of, is_in_place, is_torchs_own, memory_root, mutated_roots, op_name
 from agnitra_lab.patch.weights import why_not_derivable
 
 ACTION = "fold_weights"
@@ -83,8 +83,7 @@ def _is_pure(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method") or fake_of(node) is None or is_in_place(node):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    module = "torch" if node.op == "call_method" else str(getattr(node.target, "__module__", None) or "torch")
-    is_known = module.startswith(("torch", "_operator", "builtins")) and not hasattr(node.target, "_schema")
+    is_known = node.op == "call_method" or is_torchs_own(node.target)
     return is_known and not any(word in str(name) for word in _RANDOM)
 
 

@@ -22,7 +22,7 @@ from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, erase_unused
 from agnitra_lab.patch.emit import emit, emit_copy
 from agnitra_lab.patch.matmuls import MatMul, find_products
-from agnitra_lab.patch.ops import argument, fake_of, is_cast, memory_root, mutated_roots, op_name
+from agnitra_lab.patch.ops import argument, escaping_roots, fake_of, is_cast, memory_root, mutated_roots, op_name
 
 ACTION = "last_token_head"
 _LEAST_SAVING = 2
@@ -153,9 +153,7 @@ def _move(product: MatMul, reading: _Reading, context: RewriteContext) -> PatchD
     descriptor = context.describe(
         ACTION, product.node, gone, "index before linear", {"num_rows": product.num_m, "num_rows_kept": rows}
     )
-    escapes = memory_root(index) in {
-        memory_root(node) for out in index.graph.find_nodes(op="output") for node in out.all_input_nodes
-    }
+    escapes = memory_root(index) in escaping_roots(index.graph)
     picked = emit_copy(index, {reading.chain[-1] if reading.chain else product.node: product.a}, index)
     weight = product.b
     if not product.is_b_transposed:

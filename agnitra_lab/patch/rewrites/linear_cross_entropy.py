@@ -28,7 +28,7 @@ from agnitra_lab.patch.matmuls import MatMul, match_product
 from agnitra_lab.patch.ops import fake_of, is_widening, op_name
 from agnitra_lab.patch.rewrites.cross_entropy import Loss, match_loss
 from agnitra_lab.patch.rewrites.last_token_head import is_row_index
-from agnitra_lab.patch.rows import is_written
+from agnitra_lab.patch.rows import has_same_rows, is_written, merges_rows, rank
 from agnitra_lab.patch.weights import why_not_derivable
 
 ACTION = "linear_cross_entropy"
@@ -36,7 +36,6 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_K = 3072
 _FEW_TOKENS = 256
-_RESHAPES = ("view", "reshape", "flatten", "contiguous")
 
 
 def apply(
@@ -75,9 +74,9 @@ def _head_of(found: Loss) -> tuple[list[fx.Node], MatMul] | None:
     """Return the nodes between the loss and the product whose rows it reads, the loss's own first, and the product."""
     chain: list[fx.Node] = []
     node: Any = found.x
-    if found.class_dim != _rank(node) - 1:
+    if found.class_dim != rank(node) - 1:
         # Classes in the middle were brought there by a turn of a product's result.
-        if op_name(node) not in ("transpose", "swapaxes", "matrix_transpose") or _rank(node) != 3:
+        if op_name(node) not in ("transpose", "swapaxes", "matrix_transpose") or rank(node) != 3:
             return None
         chain.append(node)
         node = node.args[0]
@@ -91,17 +90,8 @@ def _head_of(found: Loss) -> tuple[list[fx.Node], MatMul] | None:
 
 def _keeps_classes(node: fx.Node) -> bool:
     """Whether a node reads rows of its first argument, whole and unchanged."""
-    before, after = fake_of(node.args[0]) if node.args else None, fake_of(node)
-    if before is None or after is None or before.dim() < 2 or before.shape[-1] != after.shape[-1]:
-        return False
-    if op_name(node) in _RESHAPES:
-        return True
-    return isinstance(node.args[0], fx.Node) and is_row_index(node, node.args[0]) and len(node.all_input_nodes) == 1
-
-
-def _rank(node: Any) -> int:
-    fake = fake_of(node)
-    return fake.dim() if fake is not None else 0
+    is_index = isinstance(node.args[0], fx.Node) and is_row_index(node, node.args[0]) if node.args else False
+    return merges_rows(node) or (is_index and has_same_rows(node) and len(node.all_input_nodes) == 1)
 
 
 def _why_not(found: Loss, chain: Sequence[fx.Node], product: MatMul, context: RewriteContext) -> str | None:

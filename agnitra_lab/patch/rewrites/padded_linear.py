@@ -27,12 +27,12 @@ from agnitra_lab.patch.convolutions import random_like, real_tensors
 from agnitra_lab.patch.emit import emit
 from agnitra_lab.patch.layouts import LayoutFlow
 from agnitra_lab.patch.matmuls import MatMul, match_product
+from agnitra_lab.patch.measured import Measured, Times, layouts_of
 from agnitra_lab.patch.ops import fake_of, memory_root, mutated_roots
 from agnitra_lab.patch.weights import why_not_derivable
 
 ACTION = "padded_linear"
 _MULTIPLE = 8
-_LEAST_GAIN = 1.03
 _LEAST_ROWS = 16
 """Products of fewer rows are reads of their weight, at any width."""
 
@@ -46,7 +46,7 @@ def apply(
         One descriptor per product.
     """
     descriptors, flow = [], LayoutFlow(context)
-    times: dict[Any, tuple[float, float] | None] = {}
+    measured = Measured(ACTION, context)
     written = mutated_roots(graph_module.graph)
     num_found = 0
     for node in list(graph_module.graph.nodes):
@@ -57,13 +57,13 @@ def apply(
             continue
         num_found += 1
         problem = _why_not(product, written, context)
-        measured = None if problem else _judge(product, times, context)
+        times = None if problem else _judge(product, measured)
         if problem:
             context.refuse(ACTION, problem)
-        if measured is None:
+        if times is None:
             flow.carry_over(node)
         else:
-            descriptors.append(_replace(product, measured, context, flow))
+            descriptors.append(_replace(product, times, context, flow))
     if not num_found:
         context.refuse(ACTION, "no product of half-precision values has a weight of an odd width")
     return descriptors
@@ -91,24 +91,18 @@ def _why_not(product: MatMul, written: set[fx.Node], context: RewriteContext) ->
     return why_not_derivable(known)
 
 
-def _judge(
-    product: MatMul, times: dict[Any, tuple[float, float] | None], context: RewriteContext
-) -> tuple[float, float] | None:
+def _judge(product: MatMul, measured: Measured) -> Times | None:
     """Return the times in ms of the product as it is and of the padded one, where that is faster."""
     x, weight, bias = fake_of(product.a), fake_of(product.b), fake_of(product.bias)
     assert x is not None and weight is not None
-    key = (x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.stride(), product.is_b_transposed, bias is None)
-    if key not in times:
-        times[key] = measure(x, weight, bias, product.is_b_transposed)
-    measured = times[key]
-    if measured is None or measured[0] / measured[1] <= _LEAST_GAIN:
-        shown = "does not run alone" if measured is None else f"takes {measured[0]:.4f} ms, padded {measured[1]:.4f} ms"
-        context.refuse(ACTION, f"the product of {product.num_n} x {product.num_k} {shown}")
-        return None
-    return measured
+    return measured.faster(
+        (product.is_b_transposed, layouts_of(x, weight, bias)),
+        lambda: measure(x, weight, bias, product.is_b_transposed),
+        f"the product of {product.num_n} x {product.num_k}", "padded",
+    )  # fmt: skip
 
 
-def measure(x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> tuple[float, float] | None:
+def measure(x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Times | None:
     """Time both forms of a product on random tensors like these fakes."""
     with real_tensors():
         x, weight = random_like(x), random_like(weight)
@@ -136,15 +130,13 @@ def _padded_values(bias: Tensor) -> Tensor:
     return pad(bias, (0, _missing(bias.shape[0])))
 
 
-def _replace(
-    product: MatMul, measured: tuple[float, float], context: RewriteContext, flow: LayoutFlow
-) -> PatchDescriptor:
+def _replace(product: MatMul, times: Times, context: RewriteContext, flow: LayoutFlow) -> PatchDescriptor:
     node, old = product.node, fake_of(product.node)
     num_n, num_k = (size + _missing(size) for size in (product.num_n, product.num_k))
     descriptor = context.describe(
         ACTION, node, [node], f"linear with a weight of {num_n} x {num_k}",
-        {"num_n": product.num_n, "num_k": product.num_k, "plain_ms": round(measured[0], 6),
-         "padded_ms": round(measured[1], 6)},
+        {"num_n": product.num_n, "num_k": product.num_k, "plain_ms": round(times[0], 6),
+         "padded_ms": round(times[1], 6)},
     )  # fmt: skip
     build = _padded_rows if product.is_b_transposed else _padded_columns
     weight = context.derive(ACTION, [product.b], build, node, (product.is_b_transposed,))

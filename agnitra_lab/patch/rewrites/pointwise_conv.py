@@ -26,10 +26,10 @@ from agnitra_lab.patch.context import RewriteContext
 from agnitra_lab.patch.convolutions import random_like, real_tensors, searched_algorithms
 from agnitra_lab.patch.emit import emit
 from agnitra_lab.patch.layouts import LayoutFlow
+from agnitra_lab.patch.measured import Measured, Times, layouts_of
 from agnitra_lab.patch.ops import argument, fake_of, op_name
 
 ACTION = "pointwise_conv"
-_LEAST_GAIN = 1.03
 _HALF = (torch.bfloat16, torch.float16)
 _RANKS = {"conv1d": 3, "conv2d": 4, "conv3d": 5}
 
@@ -55,16 +55,16 @@ def apply(
         One descriptor per convolution.
     """
     descriptors, flow = [], LayoutFlow(context)
-    times: dict[Any, tuple[float, float] | None] = {}
+    measured = Measured(ACTION, context)
     num_found = 0
     for node in list(graph_module.graph.nodes):
         found = _match(node)
         num_found += found is not None
-        measured = _judge(found, times, context) if isinstance(found, _Pointwise) else None
+        times = _judge(found, measured) if isinstance(found, _Pointwise) else None
         if isinstance(found, str):
             context.refuse(ACTION, found)
-        if isinstance(found, _Pointwise) and measured is not None:
-            descriptors.append(_replace(found, measured, context, flow))
+        if isinstance(found, _Pointwise) and times is not None:
+            descriptors.append(_replace(found, times, context, flow))
         else:
             flow.carry_over(node)
     if not num_found:
@@ -95,28 +95,16 @@ def _is_all(value: Any, wanted: int) -> bool:
     return all(item == wanted for item in (value if isinstance(value, (tuple, list)) else (value,)))
 
 
-def _judge(
-    found: _Pointwise, times: dict[Any, tuple[float, float] | None], context: RewriteContext
-) -> tuple[float, float] | None:
+def _judge(found: _Pointwise, measured: Measured) -> Times | None:
     """Return the times in ms of the convolution and of the product where the product is faster."""
     fakes = [fake_of(source) for source in (found.x, found.weight, found.bias)]
-    key = (
-        found.is_innermost,
-        *((fake.shape, fake.stride(), fake.dtype, fake.device) for fake in fakes if fake is not None),
-    )
-    if key not in times:
-        times[key] = measure(found.node, fakes, found.is_innermost)
-    measured = times[key]
-    if measured is None or measured[0] / measured[1] <= _LEAST_GAIN:
-        shown = (
-            "does not run alone" if measured is None else f"takes {measured[0]:.4f} ms, its product {measured[1]:.4f}"
-        )
-        context.refuse(ACTION, f"a convolution with a single tap {shown}")
-        return None
-    return measured
+    return measured.faster(
+        (found.is_innermost, layouts_of(*fakes)), lambda: measure(found.node, fakes, found.is_innermost),
+        "a convolution with a single tap", "its product",
+    )  # fmt: skip
 
 
-def measure(node: fx.Node, fakes: Sequence[Tensor | None], is_innermost: bool) -> tuple[float, float] | None:
+def measure(node: fx.Node, fakes: Sequence[Tensor | None], is_innermost: bool) -> Times | None:
     """Time a convolution and its product on random tensors of the given layout."""
     target: Any = node.target
     with real_tensors(), searched_algorithms():
@@ -137,12 +125,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, is_innermost: bool)
     return out if bias is None else out + bias[:, None]
 
 
-def _replace(
-    found: _Pointwise, measured: tuple[float, float], context: RewriteContext, flow: LayoutFlow
-) -> PatchDescriptor:
+def _replace(found: _Pointwise, times: Times, context: RewriteContext, flow: LayoutFlow) -> PatchDescriptor:
     node, old = found.node, fake_of(found.node)
     assert old is not None
-    config: dict[str, JsonValue] = {"conv_ms": round(measured[0], 6), "product_ms": round(measured[1], 6)}
+    config: dict[str, JsonValue] = {"conv_ms": round(times[0], 6), "product_ms": round(times[1], 6)}
     form = "linear over the channels" if found.is_innermost else "product of each image"
     descriptor = context.describe(ACTION, node, [node], form, config)
     matrix = emit(context, node, torch.flatten, found.weight, 1)

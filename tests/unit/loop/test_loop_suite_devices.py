@@ -15,7 +15,9 @@ def four(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
-    monkeypatch.setattr(suite_devices, "_facts", lambda device: DeviceInfo(type="cuda", name=names[device]))
+    monkeypatch.setattr(
+        suite_devices, "_facts", lambda devices: [DeviceInfo(type="cuda", name=names[device]) for device in devices]
+    )
     return names
 
 

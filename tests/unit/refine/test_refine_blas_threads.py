@@ -58,7 +58,8 @@ def test_whoever_leaves_last_puts_it_back(count):
     assert count() == 2
 
 
-def test_without_openblas_nothing_changes(monkeypatch):
+def test_without_openblas_nothing_changes(count, monkeypatch):
     monkeypatch.setattr(blas_threads, "_threads", lambda: None)
     with one_blas_thread():
-        pass
+        assert count() == 2
+    assert count() == 2
