@@ -20,6 +20,7 @@ from agnitra_lab.loop.chooser import clock_s
 from agnitra_lab.refine import replay
 from agnitra_lab.refine.bound import Bound
 from agnitra_lab.refine.measuring import Measure, takes_bound
+from agnitra_lab.refine.search import Ahead
 from agnitra_lab.suggest.rounds import Rounds
 from agnitra_lab.suggest.sites import KernelSite, Sibling
 
@@ -37,12 +38,14 @@ class Place:
         space: its valid configs.
         measure: gives a config's latency in ms, or raises.
         device: the recorded device; None for the one of the loop.
+        ahead: what compiles configs before their turn; None where nothing does.
     """
 
     site: Site
     space: SearchSpace
     measure: Callable[[KernelConfig], float]
     device: DeviceInfo | None = None
+    ahead: Ahead | None = None
 
 
 def replayed(site: Site) -> Place | None:

@@ -20,20 +20,25 @@ from agnitra_lab.errors import SearchError
 from agnitra_lab.generate import registry
 from agnitra_lab.generate.defaults import default_config
 from agnitra_lab.generate.render import render
+from agnitra_lab.refine.landscape_task import Target
 
 _REQUIRED_SHARE = 0.999
 # One site's tensors at a time: those of a prefill are hundreds of megabytes.
 _examples: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
 
 
-def warm(device: str) -> str:
-    """Load torch and Triton and start the device; return the device's name."""
+def warm(device: str) -> Target | None:
+    """Load torch and Triton and start the device; return what to compile for, None where nothing is compiled."""
     torch.zeros(1, device=device)
-    if device.startswith("cuda"):
-        # The first kernel pays for Triton's own start, some 4 s.
-        first = Site("rms_norm", (1, 16), "float32")
-        measure(first, default_config(first.template, first.shape, first.dtype), device)
-    return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+    if not device.startswith("cuda"):
+        return None
+    # The first kernel pays for Triton's own start, some 4 s.
+    first = Site("rms_norm", (1, 16), "float32")
+    measure(first, default_config(first.template, first.shape, first.dtype), device)
+    import triton
+
+    found = triton.runtime.driver.active.get_current_target()
+    return found.backend, found.arch, found.warp_size
 
 
 def measure(site: Site, config: KernelConfig, device: str, turns_file: Path | None = None) -> float:

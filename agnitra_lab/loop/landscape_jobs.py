@@ -19,9 +19,9 @@ from agnitra_lab.benchmark.tree import tensors
 from agnitra_lab.benchmark.worker_main import classify
 from agnitra_lab.device import info, nvml
 from agnitra_lab.generate import registry
-from agnitra_lab.loop.landscape_compile import short
+from agnitra_lab.loop.compile_jobs import short
 from agnitra_lab.refine.landscape_recording import Lines
-from agnitra_lab.refine.landscape_task import Task
+from agnitra_lab.refine.landscape_task import Target, Task
 
 _REQUIRED_SHARE = 0.999
 _FLUSH_BYTES = 256 * 2**20
@@ -33,7 +33,7 @@ _BASELINE_SAMPLES = 50
 Item = tuple[int, dict[str, int]]
 
 
-def warm(device: str) -> tuple[dict[str, Any], tuple[str, int, int] | None]:
+def warm(device: str) -> tuple[dict[str, Any], Target | None]:
     """Load torch and Triton and start the device.
 
     Returns:

@@ -11,19 +11,22 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agnitra_lab.benchmark.worker import Outcome, Worker
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.errors import AgnitraError, UsageError
+from agnitra_lab.loop.compilers import Compilers
 from agnitra_lab.loop.landscape_grids import wide_space
 from agnitra_lab.refine.landscape_recording import SCHEMA, Lines, Recording, read
-from agnitra_lab.refine.landscape_task import Compiled, Task
+from agnitra_lab.refine.landscape_task import Compiled, Target, Task
 
-_JOBS, _COMPILING = "agnitra_lab.loop.landscape_jobs", "agnitra_lab.loop.landscape_compile"
-_START_S, _COMPILE_DEADLINE_S, _SCREEN_DEADLINE_S = 120.0, 60.0, 30.0
+_JOBS = "agnitra_lab.loop.landscape_jobs"
+_START_S, _SCREEN_DEADLINE_S = 120.0, 30.0
 _SCREENED_AT_ONCE, _FIRST_SAMPLES = 32, 3
 _ROUNDS, _SAMPLES_A_ROUND = 6, 4
 _HOPELESS = 5.0
@@ -160,12 +163,12 @@ class _Measuring:
         """Seconds until the limit."""
         return self._deadline_s - time.monotonic()
 
-    def start(self) -> tuple[dict[str, Any], tuple[str, int, int] | None]:
+    def start(self) -> tuple[dict[str, Any], Target | None]:
         """Start the device, and return what it is and Triton's target."""
         outcome = self._worker.run(f"{_JOBS}:warm", (self._settings.device,), name="start", deadline_s=_START_S)
         if outcome.status != "ok":
             raise AgnitraError(f"The measuring process does not start: {outcome.message}")
-        found: tuple[dict[str, Any], tuple[str, int, int] | None] = outcome.value
+        found: tuple[dict[str, Any], Target | None] = outcome.value
         return found
 
     def run(self, job: str, args: tuple[Any, ...], name: str, deadline_s: float) -> Outcome:
@@ -209,71 +212,50 @@ class _Measuring:
 
 
 class _Crew:
-    """Processes that compile, in the plan's order; each answer becomes a line of its recording.
+    """What compiles, in the plan's order; each answer becomes a line of its recording.
 
     Attributes:
-        problem: why they stopped before the end, where they did.
+        problem: why it stopped before the end, where it did.
     """
 
     def __init__(
         self,
         sites: Sequence[Site],
         recordings: Sequence[Recording],
-        target: tuple[str, int, int] | None,
+        target: Target | None,
         num_processes: int,
         env: dict[str, str],
     ) -> None:
-        self._sites, self._target = sites, target
-        self._recordings = recordings
         self._lines = [Lines(recording.path) for recording in recordings]
-        self._env = {**env, "CUDA_VISIBLE_DEVICES": ""}
-        self._tasks = iter(
-            [
-                (place, config)
-                for place, recording in enumerate(recordings)
-                for config in range(recording.num_configs)
-                if config not in recording.compiled and config not in recording.failures
-            ]
-        )
         # Landscapes of one family share kernels, and only the first to ask for one sees it compiled.
         self._kernel_s = {hash_: s for recording in recordings for hash_, s in recording.kernel_s.items()}
-        self._lock = threading.Lock()
-        self._is_stopped = False
         self.problem: str | None = None
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(num_processes)]
-        for thread in self._threads:
-            thread.start()
+        self._compilers = Compilers(num_processes, env)
+        for lines, site, recording in zip(self._lines, sites, recordings, strict=True):
+            for config in range(recording.num_configs):
+                if config in recording.compiled or config in recording.failures:
+                    continue
+                if target is None:  # the interpreter compiles nothing
+                    lines.add("compiled", i=config, kernels=[])
+                    continue
+                asked = self._compilers.submit(site, recording.params_of(config), target)
+                asked.add_done_callback(partial(self._file, lines, config))
 
     def stop(self) -> None:
-        """Let no further task begin, and end the processes."""
-        self._is_stopped = True
-        for thread in self._threads:
-            thread.join()
+        """Let no further config begin, and end the processes."""
+        self._compilers.stop()
+        self._compilers.join()
         for lines in self._lines:
             lines.close()
 
-    def _work(self) -> None:
-        with Worker(env=self._env) as worker:
-            while not self._is_stopped:
-                with self._lock:
-                    task = next(self._tasks, None)
-                if task is None:
-                    return
-                self._compile(worker, *task)
-
-    def _compile(self, worker: Worker, place: int, config: int) -> None:
-        lines, site = self._lines[place], self._sites[place]
-        if self._target is None:  # the interpreter compiles nothing
-            lines.add("compiled", i=config, kernels=[])
+    def _file(self, lines: Lines, config: int, asked: Future[Outcome]) -> None:
+        if asked.cancelled() or self.problem is not None:
             return
-        params = self._recordings[place].params_of(config)
-        outcome = worker.run(
-            f"{_COMPILING}:compile_config", (site, params, self._target), name="compile",
-            deadline_s=_COMPILE_DEADLINE_S,
-        )  # fmt: skip
+        outcome = asked.result()
         compiled: Compiled | None = outcome.value
         if outcome.status == "error":  # what a compiler raises is an answer; this came from around it
-            self.problem, self._is_stopped = outcome.message, True
+            self.problem = outcome.message
+            self._compilers.stop()
             return
         if compiled is not None and compiled.kernels:
             self._kernel_s |= {k.hash: round(k.compile_s, 4) for k in compiled.kernels if k.compile_s is not None}

@@ -88,7 +88,9 @@ class Refinement:
         """
         results, notes = [], []
         deadline_s = clock_s() + _SEARCH_SHARE * self._settings.budget_s
-        self._take_advice([site for site in sites if self._earlier(site) is None], deadline_s)
+        unknown = [site for site in sites if self._earlier(site) is None]
+        self._prepare_first(unknown)
+        self._take_advice(unknown, deadline_s)
         for site in sites:
             known = self._earlier(site)
             if known is not None:
@@ -111,6 +113,16 @@ class Refinement:
     def _earlier(self, site: Site) -> KernelConfig | None:
         return self._known.get(site) if self._known is not None and self._settings.is_warm else None
 
+    def _prepare_first(self, sites: Sequence[Site]) -> None:
+        """Have what each site's search begins with compiled beside the searches before it."""
+        if self._lab is not None and self._is_measured:
+            for site in sites:
+                self._lab.prepare(site, self._seeds(site)[:1])
+
+    def _seeds(self, site: Site) -> list[KernelConfig]:
+        advised = self._advice.seeds(site) if self._advice is not None else []
+        return [*advised, *templates.seed_configs(site, self._suggestions)]
+
     def _take_advice(self, sites: Sequence[Site], deadline_s: float) -> None:
         if self._advice is None:
             return
@@ -125,7 +137,7 @@ class Refinement:
     def _place(self, site: Site) -> Place | None:
         """Return where a site's configs are measured: on the device, else in the nearest recording."""
         if self._is_measured and self._lab is not None:
-            return Place(site, templates.space_of(site), self._lab.measure(site))
+            return Place(site, templates.space_of(site), self._lab.measure(site), ahead=self._lab.ahead(site))
         return replayed(site)
 
     def _searched(self, site: Site, budget_s: float, num_trials: int) -> tuple[SearchResult | None, str]:
@@ -153,10 +165,9 @@ class Refinement:
         if place is None:
             return None
         measure: Measure = place.measure
-        seeds = templates.seed_configs(place.site, self._suggestions)
+        seeds = self._seeds(place.site)
         if self._advice is not None:
             measure = self._advice.remembering(place.site, measure)
-            seeds = [*self._advice.seeds(place.site), *seeds]
         if place.device is None:
             known = knowledge_of(site.template, seeds=seeds)
             key = LedgerKey(self._device_name, kernel_sha256(site.template), self._versions)
@@ -177,7 +188,7 @@ class Refinement:
         given, on_trial = self._settings, self._on_trial
         run = partial(
             search.search, place.space, measure, sampler=given.sampler or "rl", max_trials=num_trials, seed=given.seed,
-            knowledge=known, measured_on=key.device, budget_s=budget_s, ledger_key=key,
+            knowledge=known, measured_on=key.device, budget_s=budget_s, ledger_key=key, ahead=place.ahead,
             on_trial=None if on_trial is None else lambda trial: on_trial(place.site, trial),
         )  # fmt: skip
         if not given.is_warm:

@@ -12,7 +12,7 @@ from agnitra_lab.errors import MissingError, UsageError
 from agnitra_lab.refine import replay
 from agnitra_lab.refine.foreign import knowledge_of, replayed
 from agnitra_lab.refine.measuring import Measure
-from agnitra_lab.refine.search import search
+from agnitra_lab.refine.search import Ahead, search
 from agnitra_lab.refine.study import NOTHING_KNOWN, Knowledge, LedgerKey
 
 
@@ -119,19 +119,19 @@ def _on_gpu(request: Request, on_trial: Callable[[Trial], None] | None) -> Found
     key = LedgerKey(device.name, kernel_sha256(request.template), versions_of(device))
     lab = KernelLab(torch.device("cuda"))
     try:
-        return Found(_search(request, space, lab.measure(site), known, key, on_trial), None)
+        return Found(_search(request, space, lab.measure(site), known, key, on_trial, lab.ahead(site)), None)
     finally:
         lab.close()
 
 
 def _search(
     request: Request, space: SearchSpace, measure: Measure, known: Knowledge, key: LedgerKey,
-    on_trial: Callable[[Trial], None] | None,
+    on_trial: Callable[[Trial], None] | None, ahead: Ahead | None = None,
 ) -> SearchResult:  # fmt: skip
     return search(
         space, measure, sampler=request.sampler, max_trials=request.max_trials, budget_s=request.budget_s,
         seed=request.seed, knowledge=known, ledger=request.ledger, ledger_key=key, measured_on=key.device,
-        on_trial=on_trial,
+        on_trial=on_trial, ahead=ahead,
     )  # fmt: skip
 
 

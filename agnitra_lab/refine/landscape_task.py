@@ -7,6 +7,9 @@ from pathlib import Path
 
 from agnitra_lab.contracts.kernel import Site
 
+Target = tuple[str, int, int]
+"""Triton's name of the backend, the architecture and the warp size, such as ("cuda", 90, 32)."""
+
 
 @dataclass(frozen=True)
 class Task:

@@ -5,8 +5,9 @@ The device stays outside: `measure` is handed in, so the same loop runs on a GPU
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agnitra_lab.contracts.search import ForeignResult, KernelConfig, SearchResult, SearchSpace, Trial
@@ -20,7 +21,25 @@ MAX_HANGS = 3
 """Measurements in a row that hang before the device is given up."""
 POLISH_SHARE, MAX_POLISH = 0.15, 8
 
-__all__ = ["MAX_FINALISTS", "Measure", "search"]
+__all__ = ["MAX_FINALISTS", "Ahead", "Measure", "search"]
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is done for configs before their turn comes, for a measure whose slow part can be done beside others'.
+
+    Attributes:
+        prepare: called with configs that will be measured next, in their order.
+        num_configs: how many are asked for before the first of them is measured. Above 1 a question does not know the
+            answers to those before it: worth it where preparing takes far longer than measuring.
+    """
+
+    prepare: Callable[[Sequence[KernelConfig]], None] | None = None
+    num_configs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_configs < 1:
+            raise UsageError(f"A search asks for at least one config at a time, not {self.num_configs}.")
 
 
 def search(
@@ -40,13 +59,14 @@ def search(
     measured_on: str = "",
     on_trial: Callable[[Trial], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    ahead: Ahead | None = None,
 ) -> SearchResult:
     """Find a fast config by measuring few of them.
 
     Args:
         space: the valid configs.
-        measure: returns the latency of a config in milliseconds, or a `Measurement`; what it raises makes the trial a
-            failed one. One that takes a keyword `bound` may compare its samples with it.
+        measure: returns a config's latency in ms, or a `Measurement`; what it raises makes the trial a failed one. One
+            that takes a keyword `bound` may compare its samples with it.
         sampler: a key of `sampler.SAMPLERS`.
         max_trials: number of configs to measure at most, those of a resumed ledger included.
         budget_s: seconds after which no further config is begun; one is always measured.
@@ -60,10 +80,11 @@ def search(
         measured_on: device name, or "recorded: <device>" for a replay.
         on_trial: called with each trial.
         should_stop: asked before each measurement; True ends the search.
+        ahead: how configs are prepared whose turn comes next; by default nothing is asked for ahead.
 
     Returns:
-        All trials with their first measurements, and the best one with the median of its second measurements
-        (`finals` says why). A search that is cancelled before anything succeeded has no best.
+        All trials as first measured, and the best one as measured again (`finals`); none of a search that is cancelled
+        before anything succeeded.
 
     Raises:
         SearchError: when the space is empty, every trial failed, or the measurements hang.
@@ -72,13 +93,12 @@ def search(
     """
     if max_trials < 1 or not budget_s > 0:
         raise UsageError(f"A search needs max_trials >= 1 and budget_s > 0, not {max_trials} and {budget_s}.")
-    known = replace(knowledge, seeds=(*seeds, *knowledge.seeds))
-    key = ledger_key or LedgerKey(device=measured_on)
+    known, key = replace(knowledge, seeds=(*seeds, *knowledge.seeds)), ledger_key or LedgerKey(device=measured_on)
     study = Study(space, sampler=sampler, seed=seed, knowledge=known, ledger=ledger, ledger_key=key)
     meter, is_stopped = Meter(measure, budget_s, trial_timeout_s), should_stop or (lambda: False)
     try:
         study.attach(attached)
-        reason = _run(study, meter, max_trials, is_stopped, on_trial, is_polished=samplers.info(sampler).is_polished)
+        reason = _run(study, meter, _Turns(study, max_trials, ahead or Ahead(), sampler), is_stopped, on_trial)
         return _result(study, sampler, seed, measured_on, _best(study, meter, is_stopped, reason), reason, ledger)
     finally:
         study.close()
@@ -106,28 +126,46 @@ def _result(
     )
 
 
+class _Turns:
+    """Asks for the configs; those that wait for their turn are being prepared."""
+
+    def __init__(self, study: Study, max_trials: int, ahead: Ahead, sampler: str) -> None:
+        self._study, self.max_trials, self._ahead = study, max_trials, ahead
+        is_polished = samplers.info(sampler).is_polished
+        self._num_polish = min(MAX_POLISH, int(POLISH_SHARE * max_trials)) if is_polished else 0
+        self._waiting: deque[KernelConfig] = deque()
+
+    def next(self) -> KernelConfig | None:
+        """Return the config to measure, once as many as are wanted wait behind it; None when all are known."""
+        num_asked = len(self._study.trials) + len(self._waiting)
+        num = min(self._ahead.num_configs - len(self._waiting), self.max_trials - num_asked)
+        if num > 0:
+            fresh = self._study.ask(num, is_polish=num_asked >= self.max_trials - self._num_polish)
+            if fresh and self._ahead.prepare is not None:
+                self._ahead.prepare(fresh)
+            self._waiting.extend(fresh)
+        return self._waiting.popleft() if self._waiting else None
+
+
 def _run(
     study: Study,
     meter: Meter,
-    max_trials: int,
+    turns: _Turns,
     is_stopped: Callable[[], bool],
     on_trial: Callable[[Trial], None] | None,
-    *,
-    is_polished: bool,
 ) -> StopReason:
     """Ask, measure and tell until something ends it."""
-    num_polish = min(MAX_POLISH, int(POLISH_SHARE * max_trials)) if is_polished else 0
     num_hangs = 0
-    while len(study.trials) < max_trials:
+    while len(study.trials) < turns.max_trials:
         if is_stopped():
             return "cancelled"
         if study.trials and study.elapsed_s >= meter.budget_s:
             return "time"
-        asked = study.ask(is_polish=len(study.trials) >= max_trials - num_polish)
-        if not asked:
+        config = turns.next()
+        if config is None:
             return "exhausted"
-        measured = meter.take(asked[0], study.bound, study.elapsed_s)
-        trial = study.tell(asked[0], measured)
+        measured = meter.take(config, study.bound, study.elapsed_s)
+        trial = study.tell(config, measured)
         if on_trial is not None:
             on_trial(trial)
         num_hangs = num_hangs + 1 if measured.failure == "timeout" else 0

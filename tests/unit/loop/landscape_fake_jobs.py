@@ -7,7 +7,7 @@ from typing import Any
 
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.refine.landscape_recording import Lines
-from agnitra_lab.refine.landscape_task import Compiled, CompiledKernel
+from agnitra_lab.refine.landscape_task import Compiled, CompiledKernel, Target
 
 DEVICE = DeviceInfo(type="cuda", name="Fake H200", torch_version="2.11.0", triton_version="3.6.0")
 
@@ -17,12 +17,16 @@ def us_of(params: dict[str, int]) -> float:
     return 100.0 + params["num_stages"] + 5 * params["ROWS_PER_PROGRAM"] + (900 if params["num_warps"] == 1 else 0)
 
 
-def warm(device: str) -> tuple[dict[str, Any], tuple[str, int, int]]:
+def warm(device: str) -> tuple[dict[str, Any], Target]:
     """Be an H200."""
     return DEVICE.model_dump(mode="json"), ("cuda", 90, 32)
 
 
-def compile_config(site: Any, params: dict[str, int], target: tuple[str, int, int]) -> Compiled:
+def load() -> None:
+    """Need nothing."""
+
+
+def compile_config(site: Any, params: dict[str, int], target: Target) -> Compiled:
     """Compile, but for what has 32 rows."""
     if params["ROWS_PER_PROGRAM"] == 32:
         return Compiled((), "CompilationError: too many rows")
@@ -30,7 +34,7 @@ def compile_config(site: Any, params: dict[str, int], target: tuple[str, int, in
     return Compiled((CompiledKernel("kernel", name, 0.25, 128),))
 
 
-def fail_around(site: Any, params: dict[str, int], target: tuple[str, int, int]) -> Compiled:
+def fail_around(site: Any, params: dict[str, int], target: Target) -> Compiled:
     """Find no compiler."""
     raise ImportError("no compiler here")
 

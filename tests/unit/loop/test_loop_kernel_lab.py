@@ -9,7 +9,7 @@ import torch
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.search import KernelConfig
 from agnitra_lab.errors import SearchError
-from agnitra_lab.loop import kernel_lab
+from agnitra_lab.loop import compilers, kernel_lab
 
 SITE = Site("rms_norm", (16, 64), "float32")
 
@@ -18,11 +18,24 @@ def config(block_n: int) -> KernelConfig:
     return KernelConfig(template="rms_norm", params={"BLOCK_N": block_n})
 
 
-@pytest.fixture
-def lab(monkeypatch):
-    monkeypatch.setattr(kernel_lab, "_JOBS", str(Path(__file__).with_name("kernel_lab_jobs.py")))
+@pytest.fixture(autouse=True)
+def _jobs(monkeypatch, tmp_path):
+    for module in (kernel_lab, compilers):
+        monkeypatch.setattr(module, "_JOBS", str(Path(__file__).with_name("kernel_lab_jobs.py")))
     monkeypatch.setattr(kernel_lab, "_DEADLINE_S", 1.0)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def lab():
     opened = kernel_lab.KernelLab(torch.device("cpu"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def lab_with_compilers():
+    opened = kernel_lab.KernelLab(torch.device("cpu"), num_compilers=1)
     yield opened
     opened.close()
 
@@ -44,3 +57,33 @@ def test_a_wrong_result_is_a_failed_trial_and_costs_no_process(lab):
         measure(config(4))
     assert lab.casualties == []
     assert measure(config(8)) == 0.25
+
+
+def test_without_processes_that_compile_nothing_is_asked_ahead(lab):
+    assert lab.ahead(SITE).num_configs == 1
+    lab.prepare(SITE, [config(8)])
+    assert lab.measure(SITE)(config(8)) == 0.25
+
+
+def test_a_config_that_is_being_compiled_is_measured_once_it_is(lab_with_compilers):
+    lab_with_compilers.prepare(SITE, [config(8), config(16)])
+    while not Path("compiled").exists():
+        time.sleep(0.01)
+    assert lab_with_compilers.measure(SITE)(config(16)) == 0.25
+    lines = Path("compiled").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["8", "16"]
+
+
+def test_what_nobody_has_begun_to_compile_is_not_waited_for(lab_with_compilers):
+    lab_with_compilers.prepare(SITE, [config(block_n) for block_n in range(8, 40)])
+    assert lab_with_compilers.measure(SITE)(config(39)) == 0.25
+    lab_with_compilers.close()
+    compiled = Path("compiled").read_text() if Path("compiled").exists() else ""
+    assert "39 " not in compiled
+
+
+def test_closing_does_not_wait_for_what_is_being_compiled(lab_with_compilers):
+    lab_with_compilers.prepare(SITE, [config(block_n) for block_n in range(8, 400)])
+    started_s = time.monotonic()
+    lab_with_compilers.close()
+    assert time.monotonic() - started_s < 10

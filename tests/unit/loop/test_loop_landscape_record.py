@@ -9,7 +9,7 @@ from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.errors import AgnitraError, TemplateError, UsageError
 from agnitra_lab.generate.defaults import default_config
 from agnitra_lab.generate.kernels import space_of
-from agnitra_lab.loop import landscape_record
+from agnitra_lab.loop import compilers, landscape_record
 from agnitra_lab.loop.landscape_grids import PLAN, wide_space
 from agnitra_lab.loop.landscape_record import OutOfTimeError, RecordSettings, file_name, record
 from agnitra_lab.refine.landscape_pack import pack
@@ -23,7 +23,7 @@ JOBS = Path(__file__).parent / "landscape_fake_jobs.py"
 @pytest.fixture(autouse=True)
 def _fake_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(landscape_record, "_JOBS", str(JOBS))
-    monkeypatch.setattr(landscape_record, "_COMPILING", str(JOBS))
+    monkeypatch.setattr(compilers, "_JOBS", str(JOBS))
 
 
 def settings(folder: Path, **more: object) -> RecordSettings:
@@ -88,7 +88,7 @@ def test_a_fault_around_the_compiler_stops_the_recording_and_is_no_configs_resul
     broken = tmp_path / "broken_jobs.py"
     broken.write_text(f"import sys\nsys.path.insert(0, {str(JOBS.parent)!r})\nfrom landscape_fake_jobs import *\n"
                       "from landscape_fake_jobs import fail_around as compile_config\n")  # fmt: skip
-    monkeypatch.setattr(landscape_record, "_COMPILING", str(broken))
+    monkeypatch.setattr(compilers, "_JOBS", str(broken))
     with pytest.raises(AgnitraError, match="no compiler here"):
         record([SITE], settings(tmp_path, most_configs=3), lambda line: None)
     assert read(tmp_path / "out" / f"{file_name(SITE)}.jsonl").failures == {}

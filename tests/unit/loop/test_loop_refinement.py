@@ -1,5 +1,7 @@
 """The refine stage over a graph's sites: what is known is taken, the rest searched, nothing untried is installed."""
 
+from functools import partial
+
 import pytest
 
 pytest.importorskip("triton")
@@ -14,6 +16,7 @@ from agnitra_lab.loop import refinement
 from agnitra_lab.loop.advice import Advice, kernel_sites
 from agnitra_lab.loop.refinement import Refinement
 from agnitra_lab.loop.settings import Settings
+from agnitra_lab.refine.search import Ahead
 from agnitra_lab.suggest.kernel_presets import ranked
 from agnitra_lab.suggest.rounds import Rounds
 
@@ -27,7 +30,13 @@ class Lab:
     """Answers in place of a device: a time that falls with the number of warps, or a failure."""
 
     def __init__(self, fails=()):
-        self.fails, self.measured = fails, []
+        self.fails, self.measured, self.prepared = fails, [], []
+
+    def prepare(self, site, configs):
+        self.prepared.append((site, list(configs), len(self.measured)))
+
+    def ahead(self, site):
+        return Ahead(partial(self.prepare, site), 2)
 
     def measure(self, site):
         def measured(config):
@@ -58,6 +67,15 @@ def test_a_second_run_takes_what_the_first_one_found_and_measures_nothing(tmp_pa
     assert second.tuned == first.tuned
     assert (lab.measured, results) == ([], [])
     assert "found by an earlier run" in notes[0]
+
+
+def test_what_each_search_begins_with_is_compiled_before_the_first_of_them_begins(tmp_path):
+    lab = Lab()
+    refine(tmp_path, lab, NORM, GATE)
+    firsts = {site: configs for site, configs, num_measured in lab.prepared if num_measured == 0 and len(configs) == 1}
+    assert set(firsts) == {NORM, GATE}
+    for site, (config,) in firsts.items():
+        assert next(measured for at, measured in lab.measured if at == site) == config
 
 
 def test_a_run_that_is_not_to_start_warm_searches_again(tmp_path):

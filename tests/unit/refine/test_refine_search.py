@@ -5,7 +5,7 @@ import pytest
 
 from agnitra_lab.contracts.search import KernelConfig, SearchSpace, Trial
 from agnitra_lab.errors import SearchError, TemplateError, UsageError
-from agnitra_lab.refine.search import search
+from agnitra_lab.refine.search import Ahead, search
 
 POINTS = [{"BLOCK_N": block, "num_warps": warps} for block, warps in itertools.product((1, 2, 4, 8), (1, 2, 4))]
 SPACE = SearchSpace(
@@ -182,3 +182,48 @@ def test_a_finalist_that_fails_the_second_time_is_out() -> None:
 def test_the_same_seed_repeats_the_search() -> None:
     runs = [[trial.config.key() for trial in search(SPACE, bowl, seed=4, max_trials=9).trials] for _ in range(2)]
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("max_trials", [1, 5, 100])
+def test_configs_are_prepared_in_the_order_of_measuring_and_none_is_prepared_for_nothing(max_trials: int) -> None:
+    prepared: list[str] = []
+    measured: list[tuple[str, int]] = []
+
+    def measure(config: KernelConfig) -> float:
+        measured.append((config.key(), len(prepared) - len(measured)))
+        return bowl(config)
+
+    result = search(
+        SPACE, measure, max_trials=max_trials,
+        ahead=Ahead(lambda configs: prepared.extend(config.key() for config in configs), 4),
+    )  # fmt: skip
+    assert prepared == [trial.config.key() for trial in result.trials] == [key for key, _ in measured[: len(prepared)]]
+    assert len(prepared) == min(max_trials, len(POINTS))
+    assert max(num_waiting for _, num_waiting in measured) == min(4, max_trials)
+
+
+def test_a_search_that_asks_ahead_finds_the_optimum_too(tmp_path) -> None:
+    result = search(SPACE, bowl, ahead=Ahead(num_configs=5), max_trials=100, ledger=tmp_path / "ledger.jsonl")
+    assert result.best is not None and result.best.config.params == {"BLOCK_N": 4, "num_warps": 2}
+    assert result.stopped_because == "exhausted"
+
+
+def test_a_search_that_asked_ahead_and_was_cut_off_measures_those_first_when_it_goes_on(tmp_path) -> None:
+    asked: list[str] = []
+
+    def measure(config: KernelConfig) -> float:
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        asked.append(config.key())
+        return bowl(config)
+
+    waiting: list[str] = []
+    ahead = Ahead(lambda configs: waiting.extend(config.key() for config in configs), 3)
+    with pytest.raises(KeyboardInterrupt):
+        search(SPACE, measure, ahead=ahead, max_trials=12, ledger=tmp_path / "ledger.jsonl")
+    in_flight = waiting[6:8]
+    result = search(SPACE, bowl, ahead=ahead, max_trials=12, ledger=tmp_path / "ledger.jsonl")
+    keys = [trial.config.key() for trial in result.trials]
+    assert keys[:6] == asked
+    assert keys[6:8] == in_flight
+    assert len(set(keys)) == len(keys) == 12

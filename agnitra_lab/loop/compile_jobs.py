@@ -1,4 +1,4 @@
-"""What compiles a landscape's configs ahead: in processes without a GPU, for the GPU, into Triton's disk cache.
+"""What the processes that compile ahead do: without a GPU, for the GPU, into Triton's disk cache.
 
 The template's own launch runs on empty CPU tensors, with a driver that names the target and a `run` that stops before
 the launch; so the kernels, their constants and their specialisations are those that the measuring process asks for,
@@ -14,7 +14,7 @@ import torch
 
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.generate import registry
-from agnitra_lab.refine.landscape_task import Compiled, CompiledKernel
+from agnitra_lab.refine.landscape_task import Compiled, CompiledKernel, Target
 
 _MESSAGE_LENGTH = 300
 
@@ -22,16 +22,22 @@ _MESSAGE_LENGTH = 300
 _examples: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 _launched: list[Any] = []
 _seconds: dict[str, float] = {}
-_target: tuple[str, int, int] | None = None
+_target: Target | None = None
 
 
-def compile_config(site: Site, params: dict[str, int], target: tuple[str, int, int]) -> Compiled:
+def load() -> None:
+    """Load Triton and all that a first config would wait for."""
+    import triton.backends.compiler
+    import triton.compiler  # noqa: F401
+
+
+def compile_config(site: Site, params: dict[str, int], target: Target) -> Compiled:
     """Compile the kernels of one config.
 
     Args:
         site: template, shape and dtype.
         params: the config.
-        target: Triton's name of the backend, the architecture and the warp size, such as ("cuda", 90, 32).
+        target: what to compile for.
     """
     _prepare(target)
     template = registry.load(site.template)
@@ -57,7 +63,7 @@ def short(error: BaseException) -> str:
     return re.sub(r"/tmp/\S+", "<file>", text)[:_MESSAGE_LENGTH]
 
 
-def _prepare(target: tuple[str, int, int]) -> None:
+def _prepare(target: Target) -> None:
     global _target
     if _target == target:
         return
