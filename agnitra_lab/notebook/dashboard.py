@@ -22,6 +22,10 @@ _NO_KERNEL = {
     "text/html": "<p>The live dashboard needs a running kernel: run this cell again.</p>",
     "text/plain": "The live dashboard needs a front end with widgets; the card above has the same figures.",
 }
+_LIVE_ALONE = {
+    "text/html": "<p>Live dashboard: it needs its kernel. Where nothing stands below, run this cell again.</p>",
+    "text/plain": "Live dashboard: it needs its kernel.",
+}
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 _VIEW_SCRIPT = """
 export default {
@@ -88,9 +92,8 @@ def show_dashboard(options: Any) -> None:
     record = collect_dashboard(options.artifacts)
     path = write_dashboard(record, options.out) if options.out else None
     card = dashboard_bundle(record, path)
-    # Two outputs: a notebook that is opened again without its kernel has the card alone.
-    if not options.live:
-        display(card if options.static else beside_buttons(card), raw=True)
+    # Two outputs: a notebook that is opened again without its kernel has the first alone.
+    display(card if options.static else beside_buttons(_LIVE_ALONE if options.live else card), raw=True)
     if not options.static:
         display(live_bundle(options.artifacts, record, card if options.live else _NO_KERNEL), raw=True)
 

@@ -8,6 +8,7 @@ import pytest
 
 from agnitra_lab.errors import UsageError
 from agnitra_lab.notebook.dashboard import WIDGET_MIME, live_bundle
+from agnitra_lab.notebook.show import NO_DEAD_BUTTONS
 from agnitra_lab.report.dashboard_record import Dashboard
 
 ARTIFACTS = Path(__file__).parents[3] / "artifacts"
@@ -31,9 +32,15 @@ def test_the_magic_shows_a_card_that_needs_no_kernel_and_then_the_live_dashboard
 
 
 def test_the_live_dashboard_alone_carries_the_card_for_front_ends_without_widgets(filed):
-    (bundle,) = filed.ok("%agnitra_dashboard --live").bundles
+    _, bundle = filed.ok("%agnitra_dashboard --live").bundles
     assert "Newest runs" in bundle["text/html"]
     assert WIDGET_MIME in bundle
+
+
+def test_the_live_dashboard_alone_says_what_to_do_where_a_reopened_notebook_shows_nothing(filed):
+    line, _ = filed.ok("%agnitra_dashboard --live").bundles
+    assert "run this cell again" in line["text/html"]
+    assert NO_DEAD_BUTTONS in line["text/html"]
 
 
 def test_static_and_live_together_are_a_usage_error(filed):
