@@ -126,12 +126,14 @@ def test_a_window_survives_inductor_and_a_cuda_graph():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_convolutions_change_layout_where_that_is_faster(dtype):
+def test_convolutions_change_layout_where_that_is_faster(dtype, monkeypatch):
     model = nn.Sequential(
         nn.Conv3d(16, 64, 3, padding=1), nn.SiLU(), nn.Conv3d(64, 64, 3, stride=2), nn.GroupNorm(8, 64),
         nn.ConvTranspose3d(64, 32, 2, stride=2),
     ).to("cuda", dtype).eval()  # fmt: skip
     x = torch.randn(1, 16, 8, 40, 36, device="cuda", dtype=dtype)
+    # TF32's error depends on which of cuDNN's algorithms it chooses for a layout.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     patch = install(Workload("conv", model, (x,)), ["channels_last", "keep_eager"], name="candidate")
     print([descriptor.config for descriptor in patch.log().descriptors], patch.log().refusals)
     with torch.no_grad():

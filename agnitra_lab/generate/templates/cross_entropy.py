@@ -25,7 +25,7 @@ from agnitra_lab.generate.points import (
     next_power_of_two,
     row_rule,
 )
-from agnitra_lab.generate.templates.online import online_block, online_merge, online_step
+from agnitra_lab.generate.templates.online import lane_sum, online_block, online_merge, online_step
 
 PARAMS = ("BLOCK_N", "ROWS_PER_PROGRAM", "SPLIT", "num_warps", "num_stages")
 MAX_TILE = 16384
@@ -164,7 +164,7 @@ def _join(
     tl.store(loss_ptr + token, loss.to(loss_ptr.dtype.element_ty))
 
 
-kernel = (online_block, online_step, online_merge, _loss, _row_sums, _tokens, _join)
+kernel = (lane_sum, online_block, online_step, online_merge, _loss, _row_sums, _tokens, _join)
 _IS_COMPILED = isinstance(_tokens, triton.JITFunction)
 _SHARED_MEMORY_BYTES = 227 * 1024
 """What one block may use on Hopper (compute capability 9.0)."""

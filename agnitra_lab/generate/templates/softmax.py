@@ -7,9 +7,9 @@
 | S | a row / S or more | S programs a row keep their parts in registers and wait for each other's sums | 1 + 1 |
 | S | less | a kernel for the sums of the parts, a kernel that writes | 1-2 + 1 |
 
-Sums are in fp32 whatever the dtypes, and the result is rounded once, to the output's dtype. In the third form a program
-takes its number from a counter, so all those that it waits for have begun: they finish as soon as SPLIT programs fit on
-the device at once, whatever the order in which it starts them.
+Sums are in fp32 whatever the dtypes (those over all lanes of fp32 rows in fp64), and the result is rounded once. In the
+third form a program takes its number from a counter, so all those that it waits for have begun: they finish as soon as
+SPLIT programs fit on the device at once, whatever the order in which it starts them.
 
 Source: Milakov and Gimelshein, 2018, arXiv 1805.02867; the tickets are those of Merrill and Garland, "Single-pass
 Parallel Prefix Scan with Decoupled Look-back", 2016, section 4.4; waiting as in Inductor's cooperative reductions.
@@ -33,7 +33,7 @@ from agnitra_lab.generate.points import (
     next_power_of_two,
     row_rule,
 )
-from agnitra_lab.generate.templates.online import online_block, online_merge, online_step
+from agnitra_lab.generate.templates.online import lane_sum, online_block, online_merge, online_step
 
 PARAMS = ("BLOCK_N", "ROWS_PER_PROGRAM", "SPLIT", "num_warps", "num_stages")
 MAX_TILE = 32768
@@ -93,7 +93,7 @@ def _rows(
         offs_n = tl.arange(0, BLOCK_N)[None, :]
         mask = mask_m & (offs_n < num_cols)
         x = tl.load(x_rows + offs_n, mask=mask, other=-float("inf")).to(tl.float32)
-        m, s = online_block(x)
+        m, s = online_block(x, IS_FP32)
         tl.store(out_rows + offs_n, _result(x, m, s, IS_LOG, IS_FP32).to(dtype), mask=mask)
     else:
         m = tl.full((ROWS_PER_PROGRAM, 1), -3.4028234663852886e38, tl.float32)
@@ -103,7 +103,7 @@ def _rows(
             mask = mask_m & (offs_n < num_cols)
             x = tl.load(x_rows + offs_n, mask=mask, other=-float("inf"), eviction_policy="evict_last")
             m, s = online_step(x.to(tl.float32), m, s)
-        s = tl.sum(s, axis=1, keep_dims=True)
+        s = lane_sum(s, 1, IS_FP32)
         for start in tl.range(0, num_cols, BLOCK_N, num_stages=NUM_STAGES):
             offs_n = start + tl.arange(0, BLOCK_N)[None, :]
             mask = mask_m & (offs_n < num_cols)
@@ -113,13 +113,13 @@ def _rows(
 
 
 @triton.jit
-def _merged(part_ptr, row, num_rows, SPLIT: tl.constexpr, BLOCK_SPLIT: tl.constexpr):
+def _merged(part_ptr, row, num_rows, IS_FP32: tl.constexpr, SPLIT: tl.constexpr, BLOCK_SPLIT: tl.constexpr):
     offs_s = tl.arange(0, BLOCK_SPLIT)
     m_ptr = part_ptr + row * SPLIT + offs_s
     # Past the L1: other multiprocessors wrote these.
     m = tl.load(m_ptr, mask=offs_s < SPLIT, other=-3.4028234663852886e38, cache_modifier=".cg")
     s = tl.load(m_ptr + num_rows * SPLIT, mask=offs_s < SPLIT, other=0.0, cache_modifier=".cg")
-    return online_merge(m, s)
+    return online_merge(m, s, IS_FP32)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def _joined(
     offs_n = (ticket % SPLIT) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = offs_n < num_cols
     x = tl.load(x_ptr + row * stride_xm + offs_n, mask=mask, other=-float("inf")).to(tl.float32)
-    m, s = online_block(x)
+    m, s = online_block(x, IS_FP32)
     m_ptr = part_ptr + row * SPLIT + ticket % SPLIT + tl.zeros((1, 1), tl.int32)
     tl.store(m_ptr, m)
     tl.store(m_ptr + num_rows * SPLIT, s)
@@ -153,7 +153,7 @@ def _joined(
     while arrived < SPLIT:
         arrived = tl.atomic_add(count_ptr + 1 + row, 0, sem="acquire")
     tl.debug_barrier()
-    m, s = _merged(part_ptr, row, num_rows, SPLIT, BLOCK_SPLIT)
+    m, s = _merged(part_ptr, row, num_rows, IS_FP32, SPLIT, BLOCK_SPLIT)
     out = _result(x, m, s, IS_LOG, IS_FP32).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * num_cols + offs_n, out, mask=mask)
 
@@ -184,7 +184,7 @@ def _parts(
     last = tl.minimum(first + chunk, num_cols)
     x_row = x_ptr + row * stride_xm
     if IS_SECOND:
-        m, s = _merged(part_ptr, row, num_rows, SPLIT, BLOCK_SPLIT)
+        m, s = _merged(part_ptr, row, num_rows, IS_FP32, SPLIT, BLOCK_SPLIT)
         for start in tl.range(first, last, BLOCK_N, num_stages=NUM_STAGES):
             offs_n = start + tl.arange(0, BLOCK_N)[None, :]
             mask = offs_n < last
@@ -200,10 +200,10 @@ def _parts(
             m, s = online_step(x.to(tl.float32), m, s)
         m_ptr = part_ptr + row * SPLIT + pid % SPLIT + tl.zeros((1, 1), tl.int32)
         tl.store(m_ptr, m)
-        tl.store(m_ptr + num_rows * SPLIT, tl.sum(s, axis=1, keep_dims=True))
+        tl.store(m_ptr + num_rows * SPLIT, lane_sum(s, 1, IS_FP32))
 
 
-kernel = (online_block, online_step, online_merge, _exp_f32, _result, _rows, _merged, _joined, _parts)
+kernel = (lane_sum, online_block, online_step, online_merge, _exp_f32, _result, _rows, _merged, _joined, _parts)
 _IS_COMPILED = isinstance(_rows, triton.JITFunction)
 _SHARED_MEMORY_BYTES = 227 * 1024
 """What one block may use on Hopper (compute capability 9.0)."""

@@ -182,7 +182,22 @@ def _choose(arguments: dict[str, Any], mask: _Mask) -> _Choice:
             time = _time_if_right(attention, real, expected)
             if time is not None:
                 times_ms[name] = time
+    _drop_untraceable(times_ms, attentions, arguments)
     return _fastest(times_ms, attentions, windows, tuple(expected.shape))
+
+
+def _drop_untraceable(times_ms: dict[str, float], attentions: dict[str, Attention], arguments: dict[str, Any]) -> None:
+    """Leave out what refuses the graph's own tensors: a backend may take a random mask and not one that is a weight."""
+    fakes = {name: value if (fake := fake_of(value)) is None else fake for name, value in arguments.items()}
+    mode = getattr(fakes["query"], "fake_mode", None)
+    if mode is None:
+        return
+    for name in [name for name in times_ms if name != "default"]:
+        try:
+            with mode, torch.no_grad():
+                attentions[name](**fakes)
+        except (RuntimeError, NotImplementedError):
+            del times_ms[name]
 
 
 def _fastest(
