@@ -9,13 +9,11 @@ are rounded where separate ops round them: after the norm, after the linear, aft
 with up, after the residual addition.
 
 PDL=2 launches programmatically dependent on the kernel before: the weights are requested before gdc_wait(), all else is
-read after it. The weight must then not be written by the kernel that runs before. The programs that are resident by
-then also have the weights of those after them brought into the L2.
+read after it. The weight must then not be written by the kernel that runs before.
 
 Source: NVIDIA, CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PyTorch labs, gpt-fast.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from torch.library import custom_op, triton_op, wrap_triton
 from agnitra_lab.contracts.search import SearchSpace
 from agnitra_lab.errors import TemplateError
 from agnitra_lab.generate.points import check_call, drawer, enumerate_space, itemsize, next_power_of_two
-from agnitra_lab.generate.templates.skinny_gemm_kernels import activate, combine, dot, fetch_ahead, finish, reduce
+from agnitra_lab.generate.templates.skinny_gemm_kernels import activate, combine, dot, finish, reduce
 
 PARAMS = ("BLOCK_N", "BLOCK_K", "SPLIT", "PDL", "num_warps", "num_stages")
 MAX_ROWS = 16
@@ -36,7 +34,7 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid")
 GATES = ("none", "gate_first", "up_first")
 
 
-kernel = (activate, finish, fetch_ahead, reduce, dot, combine)
+kernel = (activate, finish, reduce, dot, combine)
 _IS_COMPILED = isinstance(reduce, triton.JITFunction)
 _SHARED_MEMORY_BYTES = 227 * 1024
 """What one block may use on Hopper (compute capability 9.0)."""
@@ -80,16 +78,9 @@ def _run(
     }
     if after["PDL"] == 2:
         after["launch_pdl"] = True
+    own = {"NUM_ROWS": num_rows, "NUM_ALL_TILES": num_all_tiles} if is_reduced else {"NUM_STAGES": num_stages}
     smallest = 1 if is_reduced else 16
     grid = (-(-num_out // (block_n // 2 if codes[1] and block_n > smallest else block_n)), split)
-    own: dict[str, Any] = {"NUM_STAGES": num_stages}
-    if is_reduced:
-        num_resident = _num_resident(x.device, num_warps)
-        waves = WAVES_AHEAD if is_dependent and split == 1 and grid[0] > num_resident else 0
-        own = {
-            "num_resident": num_resident, "NUM_ROWS": num_rows, "NUM_ALL_TILES": num_all_tiles, "WAVES": waves,
-            "LINES": next_power_of_two(-(-num_cols * x.element_size() // _LINE_BYTES)),
-        }  # fmt: skip
     bias_N = x if bias is None else bias
     _launcher(reduce if is_reduced else dot, is_dependent)[grid](
         x_MK, weight, bias_N, x if norm_weight is None else norm_weight, residual_MN, out, partial,
@@ -106,23 +97,6 @@ def _run(
     return out
 
 
-WAVES_AHEAD = 2
-"""Programs whose weights a resident one asks for while the kernel before ends: 16 MB for rows of 4 KB, of 50 MB L2."""
-
-
-def _num_resident(device: torch.device, num_warps: int) -> int:
-    """Return how many programs a device holds at once, were it for threads alone; a multiple of 16 in any case."""
-    num_processors = _num_processors(device.index or 0) if device.type == "cuda" else _PROCESSORS
-    return num_processors * max(_THREADS // (32 * num_warps), 1) // 16 * 16
-
-
-@cache
-def _num_processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-_PROCESSORS, _THREADS, _LINE_BYTES = 132, 2048, 128
-"""Of an H200, for which kernels are compiled where there is no device; threads of one; what memory is read in."""
 _COMBINED = 256
 """Columns of the result that a program of the second kernel adds."""
 

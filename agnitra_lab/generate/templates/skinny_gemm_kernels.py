@@ -53,43 +53,6 @@ def finish(
 
 
 @triton.jit
-def fetch_ahead(
-    w_ptr,
-    stride_wn,
-    num_out,
-    num_cols,
-    num_resident,
-    OUTS: tl.constexpr,
-    GATED: tl.constexpr,
-    LINES: tl.constexpr,
-    WAVES: tl.constexpr,
-):
-    """Ask for the rows of W of the programs that will run where this one does, to have them in the L2 by then.
-
-    What is resident while the kernel before ends has its own rows in flight; without this the memory would be idle for
-    the rest of that time.
-    """
-    if tl.program_id(0) < num_resident:
-        LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-        PARTS: tl.constexpr = 2 if GATED != 0 else 1
-        lines = tl.arange(0, LINES) * LINE
-        # One tensor of all requests: each thread makes its own, and none is made twice.
-        index = tl.arange(0, WAVES * PARTS * OUTS)
-        out = (tl.program_id(0) + (1 + index // (PARTS * OUTS)) * num_resident) * OUTS + index % OUTS
-        row = out + (index // OUTS % PARTS) * num_out
-        mask = (out < num_out)[:, None] & (lines < num_cols)[None, :]
-        address = w_ptr + row.to(tl.int64)[:, None] * stride_wn + lines[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [tl.where(mask, address, w_ptr).to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def reduce(
     x_ptr,
     w_ptr,
@@ -105,7 +68,6 @@ def reduce(
     stride_wn,
     stride_rm,
     eps,
-    num_resident,
     NUM_ROWS: tl.constexpr,
     NUM_TILES: tl.constexpr,
     NUM_ALL_TILES: tl.constexpr,
@@ -119,8 +81,6 @@ def reduce(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
-    LINES: tl.constexpr,
-    WAVES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     dtype = out_ptr.dtype.element_ty
@@ -157,8 +117,6 @@ def reduce(
         if GATED != 0:
             up_bias = tl.load(bias_ptr + (1 - GATE_PART) * num_out + offs_n, mask=mask_n, other=0.0)
     if PDL == 2:
-        if WAVES != 0:
-            fetch_ahead(w_ptr, stride_wn, num_out, num_cols, num_resident, OUTS, GATED, LINES, WAVES)
         tl.extra.cuda.gdc_wait()
 
     for m in tl.static_range(NUM_ROWS):

@@ -26,9 +26,7 @@ TYPES = {
     "eps": "fp32", "q_eps": "fp32", "k_eps": "fp32", "scale": "fp32", "num_rows": "i32", "mask_ptr": "*i1",
     "position_ptr": "*i64",
 }  # fmt: skip
-WHOLE_ROWS = FLAGS | {
-    "NUM_ROWS": 1, "NUM_TILES": 2, "NUM_ALL_TILES": 2, "BLOCK_N": 4, "BLOCK_K": 1024, "LINES": 32, "WAVES": 0,
-}  # fmt: skip
+WHOLE_ROWS = FLAGS | {"NUM_ROWS": 1, "NUM_TILES": 2, "NUM_ALL_TILES": 2, "BLOCK_N": 4, "BLOCK_K": 1024}
 
 
 def compiled(kernel, constants: dict, *, num_warps: int = 4, num_stages: int = 3, dtype: str = "bf16"):
@@ -68,19 +66,6 @@ def test_a_skinny_product_requests_all_its_weights_in_16_byte_loads_before_it_wa
     assert all(load.endswith("v4.b32") for load in before)
     after = found[found.index("griddepcontrol.wait") + 1 :]
     assert not any("evict_first" in load for load in after)
-
-
-@pytest.mark.parametrize(("gated", "block_n"), [(1, 2), (0, 2)])
-def test_the_weights_of_later_programs_are_asked_for_before_the_wait_by_one_request_a_thread(gated, block_n) -> None:
-    constants = WHOLE_ROWS | {"GATED": gated, "BLOCK_N": block_n, "BLOCK_K": 2048, "PDL": 2, "WAVES": 2}
-    constants |= {"NUM_TILES": 1, "NUM_ALL_TILES": 1, "HAS_RESIDUAL": False}
-    before, _, after = (
-        compiled(skinny_gemm_kernels.reduce, constants, num_warps=8).asm["ptx"].partition("griddepcontrol.wait")
-    )
-    # Two waves of two rows of 32 lines: 128 requests, from half of 256 threads.
-    assert before.count("prefetch.global.L2") == 1
-    assert "prefetch" not in after
-    assert before.rindex("evict_first") < before.index("prefetch.global.L2")
 
 
 def test_without_the_option_nothing_depends_on_another_launch() -> None:
