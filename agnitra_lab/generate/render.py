@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from agnitra_lab.contracts.kernel import Kernel
@@ -68,7 +69,7 @@ def _source(kernel: Any, config: KernelConfig, names: tuple[str, ...]) -> str:
     options = {name: config.params[name] for name in _LAUNCH_OPTIONS}
     point = ", ".join(f"{name}={config.params[name]}" for name in names)
     functions = kernel if isinstance(kernel, tuple) else (kernel,)
-    body = "\n\n\n".join(inspect.getsource(function.fn).strip("\n") for function in functions)
+    body = "\n\n\n".join(map(_text, functions))
     if "NUM_STAGES: tl.constexpr" in body:
         constants["NUM_STAGES"] = config.params["num_stages"]
     lines = [
@@ -88,6 +89,12 @@ def _source(kernel: Any, config: KernelConfig, names: tuple[str, ...]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+@cache
+def _text(function: Any) -> str:
+    # Finding it takes some 5 ms, and a search renders hundreds of configs.
+    return inspect.getsource(function.fn).strip("\n")
 
 
 def _literal(values: dict[str, int]) -> str:

@@ -227,3 +227,17 @@ def test_a_search_that_asked_ahead_and_was_cut_off_measures_those_first_when_it_
     assert keys[:6] == asked
     assert keys[6:8] == in_flight
     assert len(set(keys)) == len(keys) == 12
+
+
+def test_the_only_config_that_worked_is_named_without_finals() -> None:
+    calls: list[str] = []
+
+    def measure(config: KernelConfig) -> float:
+        calls.append(config.key())
+        if len(calls) != 2:
+            raise RuntimeError("does not launch")
+        return 3.0
+
+    result = search(SPACE, measure, max_trials=4)
+    assert result.best is not None and result.best.latency_ms == 3.0
+    assert len(calls) == 4 and not result.finals
