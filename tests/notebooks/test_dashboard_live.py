@@ -119,6 +119,6 @@ def test_the_live_dashboard_drills_down_and_reads_again(address, folder):
         page.get_by_role("button", name="Read again").click()
         fewer = page.locator(".kpis li", has_text="directories").locator(".value")
         playwright.expect(fewer).to_have_text(str(before - 1), timeout=60_000)
-        assert page.locator(".tree tbody tr").first.is_visible()
+        playwright.expect(page.locator(".tree tbody tr").first).to_be_visible(timeout=60_000)
         assert [url for url in outside if not url.startswith(NOT_OURS)] == []
         browser.close()
