@@ -136,7 +136,7 @@ class DictWatch:
     """
 
     def __init__(self, tables: Iterable[dict[Any, Any]]) -> None:
-        self._seen = -1
+        self._seen = self._asked = -1
         self._is_watching = _generations.watcher() is not None
         if self._is_watching:
             kept = list({id(table): table for table in tables}.values())
@@ -146,11 +146,12 @@ class DictWatch:
 
     def may_be_written(self) -> bool:
         """Whether a dictionary (of this watch, or of another) was written to since `settle`; True where unknown."""
-        return not self._is_watching or _generations.now() != self._seen
+        self._asked = _generations.now()
+        return not self._is_watching or self._asked != self._seen
 
     def settle(self) -> None:
-        """Take what is there now, which the caller has read since it last asked, as known."""
-        self._seen = _generations.now()
+        """Take as known what was there when this was last asked, and the caller has read since: no later write."""
+        self._seen = self._asked
 
 
 def _watch(tables: Sequence[dict[Any, Any]]) -> None:

@@ -50,6 +50,7 @@ class Surroundings:
         tables += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
         self.empty = [table for table in tables if not table]
         self.filled = [(table, list(table)) for table in tables if table]
+        self._watch = DictWatch(tables)
 
     def _autocast(self) -> list[Any]:
         return [
@@ -62,8 +63,10 @@ class Surroundings:
             return "training mode"
         if self._autocast() != self.autocast:
             return "autocast"
-        if any(self.empty) or any(list(table) != keys for table, keys in self.filled):
-            return "hooks changed"
+        if self._watch.may_be_written():
+            if any(self.empty) or any(list(table) != keys for table, keys in self.filled):
+                return "hooks changed"
+            self._watch.settle()
         return None
 
 

@@ -185,5 +185,5 @@ def test_a_recurrent_layer_is_one_cudnn_call_in_one_graph(cell, extra, recwarn):
         torch.testing.assert_close(patch.model(x), model(x), rtol=2e-2, atol=2e-2)
         model.rnn.weight_hh_l0.mul_(-1)
         torch.testing.assert_close(patch.model(x), model(x), rtol=2e-2, atol=2e-2)
-        # cuDNN copies weights that are not parts of one buffer at each call; those of this dtype are none in eager either.
+        # cuDNN copies weights that are no parts of one buffer at each call; in eager bf16 ones are none either.
         assert num_compacted(lambda: patch.model(x)) <= num_compacted(lambda: model(x))

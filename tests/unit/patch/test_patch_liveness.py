@@ -11,7 +11,7 @@ from torch import nn
 
 from agnitra_lab.patch import dict_watch
 from agnitra_lab.patch.dict_watch import DictWatch
-from agnitra_lab.patch.liveness import Liveness
+from agnitra_lab.patch.liveness import Liveness, Surroundings
 
 
 class Settings:
@@ -94,6 +94,19 @@ def test_another_tensor_or_module_is_noticed_at_every_call_from_then_on(model, c
     assert [liveness.difference() for _ in range(2)] == ["weights changed"] * 2
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_is_noticed_for_as_long_as_it_is_there(model, register):
+    surroundings = Surroundings(model)
+    assert [surroundings.difference() for _ in range(2)] == [None] * 2
+    handle = getattr(model.inner[0], register)(lambda *given: None)
+    assert [surroundings.difference() for _ in range(2)] == ["hooks changed"] * 2
+    handle.remove()
+    assert surroundings.difference() is None
+    handle = getattr(nn.modules.module, register.replace("register", "register_module"))(lambda *given: None)
+    assert surroundings.difference() == "hooks changed"
+    handle.remove()
+
+
 def test_what_is_written_and_put_back_is_no_difference(model):
     liveness = Liveness(model)
     assert liveness.difference() is None
@@ -124,14 +137,26 @@ def test_two_watches_of_one_dictionary_end_one_after_the_other():
     if dict_watch._generations.watcher() is None:
         assert first.may_be_written() and second.may_be_written()
         return
-    first.settle(), second.settle()
-    del first
+    for watch in (first, second):
+        assert watch.may_be_written()
+        watch.settle()
+        assert not watch.may_be_written()
+    del first, watch
     gc.collect()
     table["a"] = 2
     assert second.may_be_written()
     del second
     gc.collect()
     assert id(table) not in dict_watch._num_watching
+
+
+def test_a_write_while_the_dictionaries_are_read_is_read_the_next_time():
+    table = {"a": 1}
+    watch = DictWatch([table])
+    assert watch.may_be_written()
+    table["a"] = 2
+    watch.settle()
+    assert watch.may_be_written()
 
 
 def test_an_error_on_its_way_survives_the_end_of_a_watched_model():
