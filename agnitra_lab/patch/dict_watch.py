@@ -45,6 +45,7 @@ class _Watcher:
         # CPython keeps its address alone.
         self._callback = _callback()
         self._id = api.PyDict_AddWatcher(self._callback)
+        self._is_open = True
         # Dictionaries outlive this module at exit, and what they would call does not.
         atexit.register(self.close)
 
@@ -52,9 +53,11 @@ class _Watcher:
         self._watch(self._id, table)
 
     def remove(self, table: dict[Any, Any]) -> None:
-        self._unwatch(self._id, table)
+        if self._is_open:  # models may outlive it, at exit
+            self._unwatch(self._id, table)
 
     def close(self) -> None:
+        self._is_open = False
         ctypes.pythonapi.PyDict_ClearWatcher(self._id)
 
     def sees_every_write(self) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import types
 
 import pytest
@@ -170,3 +172,13 @@ def test_an_error_on_its_way_survives_the_end_of_a_watched_model():
         fail()
     gc.collect()
     assert not dict_watch._num_watching
+
+
+def test_a_process_that_ends_with_watched_models_ends_in_silence():
+    code = (
+        "import torch; from torch import nn; from agnitra_lab.patch.liveness import Liveness\n"
+        "model = nn.Sequential(nn.Linear(2, 2)); model.me = model; kept = [Liveness(model), Liveness(model)]\n"
+        "kept.append(kept); model.gain = 2.0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
