@@ -1,6 +1,6 @@
 """The decode path on a GPU: skinny GEMMs against cuBLAS, decode attention against SDPA, and a whole decoder's chain.
 
-    python tests/benchmarks/decode_chain.py [--quick] [--only gemm chain attention step] [--json]
+    python tests/benchmarks/decode_chain.py [--quick] [--only gemm chain attention step] [--change gate_up.BLOCK_N=4] [--json]
 
 `chain` is the products alone. `step` is the whole token: the products with rotation, cache and attention between them,
 once as Inductor's pointwise kernels and decode_attention, once as cached_attention.
@@ -422,11 +422,23 @@ def parts_of(qkv: torch.Tensor) -> list[torch.Tensor]:
     return [part.view(1, 1, -1, size).transpose(1, 2) for part in parts]
 
 
-def step_figures(pool: ProcessPoolExecutor, copy: float) -> dict[str, Any]:
-    """Time one token of the whole 1.1B decoder in our kernels, with the attention's step as several or as one."""
+def step_figures(pool: ProcessPoolExecutor, copy: float, changes: Iterable[str]) -> dict[str, Any]:
+    """Time one token of the whole 1.1B decoder in our kernels, with the attention's step as several or as one.
+
+    Args:
+        pool: compiles.
+        copy: the device's copy bandwidth in GB/s.
+        changes: "product.PARAM=value", of the rule of thumb's configs.
+    """
     best = {
         name: dict(default_config("skinny_gemm", (1, *shape), str(DTYPE)).params) for name, (shape, _) in CHAIN.items()
     }
+    for change in changes:
+        place, _, value = change.partition("=")
+        name, _, param = place.partition(".")
+        if param not in best.get(name, {}) or not value.isdigit():
+            raise SystemExit(f"--change takes one of {', '.join(best)}, a dot, a parameter, = and a number: {change!r}")
+        best[name][param] = int(value)
     compile_all(pool, warm_gemm, [(1, *shape, best[name], flags) for name, (shape, flags) in CHAIN.items()])
     attention = dict(default_config("decode_attention", ATTENTIONS["1b"], str(DTYPE)).params)
     compile_all(pool, warm_attention, [(ATTENTIONS["1b"], attention)])
@@ -532,6 +544,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the 1.1B shapes at batch 1, six configs each")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--only", nargs="*", default=["gemm", "chain", "attention", "step"])
+    parser.add_argument("--change", nargs="*", default=[], help="in `step`, such as gate_up.BLOCK_N=4")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a CUDA device.")
@@ -559,7 +572,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if "attention" in options.only:
             figures |= attention_figures(pool, ["1b"] if options.quick else list(ATTENTIONS), copy, 8)
         if "step" in options.only:
-            figures |= step_figures(pool, copy)
+            figures |= step_figures(pool, copy, options.change) | {"changes": " ".join(options.change)}
     return figures
 
 
