@@ -1,6 +1,6 @@
 """The decode path on a GPU: skinny GEMMs against cuBLAS, decode attention against SDPA, and a whole decoder's chain.
 
-    python tests/benchmarks/decode_chain.py [--quick] [--only gemm chain attention step] [--change gate_up.BLOCK_N=4] [--json]
+    python tests/benchmarks/decode_chain.py [--quick] [--only gemm chain attention step] [--change gate_up.BLOCK_N=4]
 
 `chain` is the products alone. `step` is the whole token: the products with rotation, cache and attention between them,
 once as Inductor's pointwise kernels and decode_attention, once as cached_attention.
