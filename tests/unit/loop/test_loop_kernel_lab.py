@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from agnitra_lab.benchmark.worker import Worker
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.search import KernelConfig
 from agnitra_lab.errors import SearchError
@@ -87,3 +88,9 @@ def test_closing_does_not_wait_for_what_is_being_compiled(lab_with_compilers):
     started_s = time.monotonic()
     lab_with_compilers.close()
     assert time.monotonic() - started_s < 10
+
+
+def test_a_timing_in_the_worker_collects_nothing_that_was_there_before_it():
+    with Worker() as worker:
+        assert worker.run("agnitra_lab.loop.kernel_jobs:warm", ("cpu",), name="start", deadline_s=60).status == "ok"
+        assert worker.run("gc:get_freeze_count", name="count", deadline_s=10).value > 10_000
