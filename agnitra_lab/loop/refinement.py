@@ -29,7 +29,7 @@ from agnitra_lab.refine.measuring import Measure
 from agnitra_lab.refine.study import Knowledge, LedgerKey
 
 # Share of the run's budget that may go into kernel searches, the sites in turn.
-_SEARCH_SHARE = 0.3
+_SEARCH_SHARE = 0.2
 _LEAST_SEARCH_S = 1.0
 # Share of that which the configs of a language model may take.
 _ADVICE_SHARE = 0.5
