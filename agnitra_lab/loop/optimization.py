@@ -427,7 +427,12 @@ class Optimization:
         """Least time of one call: FLOPs at the matrix peak, or one read of the weights that every call reads."""
         bandwidth = self.peaks.copy_bandwidth_gb_per_s if self.peaks else None
         weights_ms = read_once_bytes(self.workload.model) / (bandwidth * 1e6) if bandwidth else 0.0
-        return max(self._floor_ms() or 0.0, weights_ms) or None
+        return self._believed_ms(max(self._floor_ms() or 0.0, weights_ms))
+
+    def _believed_ms(self, least_ms: float) -> float | None:
+        """Return a least time that eager itself does not undercut: on a busy machine ceilings are measured too low."""
+        eager_ms = self.telemetry.record.wall_ms
+        return least_ms if least_ms and (eager_ms is None or eager_ms >= least_ms) else None
 
     def _floor_ms(self) -> float | None:
         flops, rate = self.profile_of_workload.total_flops, self.peaks.gemm_tflop_per_s if self.peaks else None
@@ -435,7 +440,7 @@ class Optimization:
             # fp32's own peak is of the CUDA cores; three half-precision products with fp32's error go past it.
             halves = measure_peaks(self.device, torch.float16).gemm_tflop_per_s or 0.0
             rate = max(rate, halves / _PRODUCTS_OF_A_SPLIT)
-        return flops / (rate * 1e12) * 1e3 if flops and rate else None
+        return self._believed_ms(flops / (rate * 1e12) * 1e3) if flops and rate else None
 
     def _best_attempt(self) -> Comparison:
         compared = [result.comparison for result in self.results if result.comparison is not None]

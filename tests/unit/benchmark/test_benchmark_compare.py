@@ -66,11 +66,24 @@ def test_a_wrong_candidate_is_timed_shortly_for_the_record() -> None:
 
 def test_a_time_under_the_physical_floor_is_refused() -> None:
     peaks = DevicePeaks(copy_bandwidth_gb_per_s=10.0, gemm_tflop_per_s=1.0, gemm_dtype="float32")
-    found = compare(WORKLOAD, MODEL, candidate_name="same", budget_s=0.0, floor_ms=1e6, peaks=peaks)
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.15)
+        return MODEL(x)
+
+    found = compare(
+        WORKLOAD, MODEL, candidate_name="too fast", baseline=slow, budget_s=0.0, floor_ms=500.0, peaks=peaks
+    )
     assert found.verdict == "not_equivalent"
     assert "faster than the device allows" in found.equivalence.problems[-1]
     assert found.floor_reason is not None
     assert "1 TFLOP/s in float32" in found.floor_reason
+
+
+def test_a_floor_that_the_baseline_undercuts_says_nothing_of_a_candidate() -> None:
+    found = compare(WORKLOAD, MODEL, candidate_name="same", budget_s=0.0, floor_ms=1e6)
+    assert found.equivalence.is_equivalent
+    assert (found.floor_ms, found.floor_reason) == (None, None)
 
 
 def test_a_candidate_that_raises_is_named_with_its_reason() -> None:
