@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Latency, Ratio
 
 # Two first measurements share no moment in time: what clocks drift in between is left as a margin.
 _CLEAR_LEAD = 1.1
+_LONGER = 2.0
 
 
 def judge(name: str, comparison: Comparison, compile_s: float | None) -> CandidateResult:
@@ -47,7 +48,7 @@ def contenders(results: Sequence[CandidateResult]) -> list[CandidateResult]:
     found = ranking(results)
     if found:
         return found
-    return sorted(filter(_is_undecided, results), key=_speedup, reverse=True)
+    return sorted(filter(is_undecided, results), key=_speedup, reverse=True)
 
 
 def is_clear(first: CandidateResult, second: CandidateResult) -> bool:
@@ -59,10 +60,34 @@ def is_clear(first: CandidateResult, second: CandidateResult) -> bool:
     return first.comparison.speedup.low > _CLEAR_LEAD * second.comparison.speedup.high
 
 
+def confirm(
+    results: Sequence[CandidateResult], names: Sequence[str], measure: Callable[[str, float], CandidateResult]
+) -> tuple[list[CandidateResult], CandidateResult | None]:
+    """Measure candidates again, for longer, until one is proved faster: one that is not makes way for the next.
+
+    Args:
+        results: every row.
+        names: of the candidates, the best first.
+        measure: (name, times the usual time) -> its new row.
+
+    Returns:
+        The rows, with the new ones in place; and the one that was proved, None where none was.
+    """
+    rows = list(results)
+    for name in names:
+        again = measure(name, _LONGER)
+        if is_undecided(again):
+            again = measure(name, 2 * _LONGER)
+        rows = [again if row.name == name else row for row in rows]
+        if again.status == "kept":
+            return rows, again
+    return rows, None
+
+
 def pass_over(
     results: Sequence[CandidateResult], winner: CandidateResult | None, final: Comparison | None
 ) -> list[CandidateResult]:
-    """Keep the winner only: every other eligible row becomes rejected, with the reason that was measured.
+    """Keep the winner only, if any: every other eligible row becomes rejected, with the reason that was measured.
 
     Args:
         results: every row.
@@ -71,8 +96,9 @@ def pass_over(
     """
     rows = []
     for result in results:
-        if result.status == "kept" and winner is not None and result.name != winner.name:
-            reason = f"{result.reason}; {winner.name} was chosen"
+        if result.status == "kept" and (winner is None or result.name != winner.name):
+            why = f"{winner.name} was chosen" if winner is not None else "faster ones were not confirmed"
+            reason = f"{result.reason}; {why}"
             if final is not None and result.name in (final.baseline, final.candidate):
                 reason += f", head to head {final.candidate} over {final.baseline} {_interval(final.speedup)}"
             result = result.model_copy(update={"status": "rejected", "reason": reason})
@@ -84,7 +110,8 @@ def _interval(ratio: Ratio) -> str:
     return f"{ratio.median:.3f}x [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
-def _is_undecided(result: CandidateResult) -> bool:
+def is_undecided(result: CandidateResult) -> bool:
+    """Say whether a candidate is faster by its whole interval, and by no more than the baseline's own noise."""
     compared = result.comparison
     return compared is not None and compared.verdict == "no_change" and compared.speedup.low > 1
 

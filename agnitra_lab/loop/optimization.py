@@ -386,7 +386,8 @@ class Optimization:
     def _choose_winner(self) -> Comparison | None:
         """Hold the two fastest candidates against each other, then measure the better one again, for longer.
 
-        The best of several first measurements flatters itself, and two first measurements share no moment in time.
+        The best of several first measurements flatters itself, and two first measurements share no moment in time. One
+        that is not confirmed makes way for the next.
 
         Returns:
             The finalists head to head; None when fewer than two candidates are, or may be, faster than eager.
@@ -396,12 +397,13 @@ class Optimization:
         if len(ranked) > 1 and not contest.is_clear(ranked[0], ranked[1]):
             final = self._head_to_head(ranked[0].name, ranked[1].name)
             if final.verdict == "slower":
-                ranked[0] = ranked[1]
-        if ranked:
-            name = ranked[0].name
-            confirmed = self._judge(name, self.patches[name], 2 * self.settings.timing_s)
-            self.results = [confirmed if result.name == name else result for result in self.results]
-            self.winner = confirmed if confirmed.status == "kept" else None
+                ranked[:2] = ranked[1::-1]
+        names = [result.name for result in ranked if result.name in self.patches]
+        self.results, self.winner = contest.confirm(
+            self.results,
+            names,
+            lambda name, share: self._judge(name, self.patches[name], share * self.settings.timing_s),
+        )
         return final
 
     def _against_best_mode(self, final: Comparison | None) -> Comparison | None:

@@ -1,7 +1,7 @@
 """Which candidate is kept, and what the table says of the others."""
 
-from agnitra_lab.benchmark.winner import contenders, is_clear, judge, pass_over, ranking
-from agnitra_lab.contracts.measurement import Comparison, Equivalence, Latency, Ratio
+from agnitra_lab.benchmark.winner import confirm, contenders, is_clear, judge, pass_over, ranking
+from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Equivalence, Latency, Ratio
 
 EQUAL = Equivalence(
     is_equivalent=True, match_share=1.0, required_share=0.999, rtol=1e-4, num_seeds=3, num_elements=10,
@@ -68,6 +68,34 @@ def test_the_loser_of_the_final_is_rejected_with_what_was_measured() -> None:
     assert finalist.status == other.status == "rejected"
     assert "head to head a over b 1.100x" in finalist.reason
     assert "head to head" not in other.reason
+
+
+def test_a_leader_that_is_not_confirmed_makes_way_for_the_next() -> None:
+    rows = [judge(name, comparison("faster", speedup), 1.0) for name, speedup in (("a", 1.3), ("b", 1.2), ("c", 1.1))]
+    asked: list[tuple[str, float]] = []
+
+    def measure(name: str, times: float) -> CandidateResult:
+        asked.append((name, times))
+        verdict, speedup = {"a": ("no_change", 0.99), "b": ("faster", 1.15), "c": ("faster", 1.1)}[name]
+        return judge(name, comparison(verdict, speedup), 1.0)
+
+    found, winner = confirm(rows, ["a", "b", "c"], measure)
+    assert winner is not None and winner.name == "b"
+    assert asked == [("a", 2.0), ("b", 2.0)]
+    assert [row.status for row in found] == ["rejected", "kept", "kept"]
+
+
+def test_what_two_measurements_cannot_decide_gets_a_third_that_is_longer() -> None:
+    rows = [judge("a", comparison("no_change", 1.1), 1.0)]
+    verdicts = iter(["no_change", "faster"])
+    found, winner = confirm(rows, ["a"], lambda name, times: judge(name, comparison(next(verdicts), 1.1), times))
+    assert found == [winner]
+    assert winner is not None and winner.compile_s == 4.0
+
+
+def test_where_nothing_is_confirmed_no_row_stays_kept() -> None:
+    (row,) = pass_over([judge("a", comparison("faster", 1.2), 1.0)], None, None)
+    assert (row.status, "not confirmed" in row.reason) == ("rejected", True)
 
 
 def test_without_a_winner_nothing_changes() -> None:
