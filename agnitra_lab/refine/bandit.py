@@ -5,8 +5,11 @@ what it cost at the siblings; the reward is minus the logarithm of its latency. 
 step an episode, and no more is claimed.
 
 Two reward models run side by side. The warm one begins with the siblings' mean as its own and learns the difference;
-the cold one knows the coordinates alone. The evidence of the measurements shifts the choice between them, so a sibling
-that misleads costs a few measurements and not the search.
+the cold one knows the coordinates alone. The evidence of the measurements shifts the choice between them, so that a
+sibling that misleads costs measurements and not the search.
+
+A model that is smooth where the landscape has a step is sure of what it never tried. Where nothing better has come for
+a while, every other question goes to the best config with one parameter changed, and the model's doubts count double.
 
 Source: expected improvement: Jones, Schonlau and Welch, "Efficient global optimization of expensive black-box
 functions", 1998. Thompson sampling: Agrawal and Goyal, "Thompson sampling for contextual bandits", ICML 2013.
@@ -27,7 +30,7 @@ from agnitra_lab.refine.sampler import Observation, Problem
 
 NUM_SPREAD = 6
 """Configs that the cold model wants to see, far from each other, before it is asked."""
-PORTFOLIO_TURNS = (1, 2, 4, 6, 8)
+PORTFOLIO_TURNS = (1, 2, 4)
 """Questions that go to the siblings' best; the model, which sees whether those disappoint, has the ones between."""
 NUM_DRAWN_ARMS = 384
 COLD_TURN = 4
@@ -36,6 +39,10 @@ NUM_SIBLING_TURNS = 10
 NUM_PATIENT, COLD_TURN_STUCK = 8, 2
 """Questions without anything better after which the cold model has every other turn: the siblings may mislead."""
 NUM_SPREAD_BESIDE = 2
+EVIDENCE_SHARE = 0.3
+"""Of the gap between the evidences of the two models: each is that of fitted hyper-parameters, and too sure of them."""
+NUM_PATIENT_LINES, LINE_TURN, DOUBT_ON_LINES = 12, 2, 2.0
+"""Questions without anything better after which every other one changes one parameter of the best config alone."""
 
 
 class Bandit:
@@ -43,7 +50,7 @@ class Bandit:
 
     def __init__(self, problem: Problem) -> None:
         self._rng = np.random.default_rng(problem.seed)
-        self._points = problem.encoding.points
+        self._encoding = problem.encoding
         self._seen = Seen()
         self._cold = ColdModel(problem, self._seen)
         self._failing = Failing(self._cold.inputs, problem.siblings)
@@ -61,7 +68,7 @@ class Bandit:
         model = self._model()
         if model is self._cold and self._num_spread < self._spread_wanted():
             self._num_spread += num
-            return spread_out(self._points, is_open, num, self._rng)
+            return spread_out(self._encoding.points, is_open, num, self._rng)
         if num == 1:
             return [self._best(model, is_open)]
         return self._drawn(model, is_open, num)
@@ -104,7 +111,7 @@ class Bandit:
         assert self._warm is not None
         if self._seen.num_known < 3:
             return 1.0
-        gap = self._warm.log_likelihood() - self._cold.log_likelihood()
+        gap = EVIDENCE_SHARE * (self._warm.log_likelihood() - self._cold.log_likelihood())
         return float(1 / (1 + np.exp(-np.clip(gap, -30, 30))))
 
     def _best(self, model: RewardModel, is_open: NDArray[np.bool_]) -> int:
@@ -112,10 +119,21 @@ class Bandit:
         odds = self._failing.odds_of_success()
         if not self._seen.num_known:
             return int(np.argmin(np.where(is_open, mean if odds is None else mean - odds, np.inf)))
-        gain = expected_improvement(mean, deviation, 0.0)
+        lines = self._lines(is_open)
+        gain = expected_improvement(mean, deviation if lines is None else deviation * np.float32(DOUBT_ON_LINES), 0.0)
         if odds is not None:
             gain *= odds
-        return int(np.argmax(np.where(is_open, gain, -np.inf)))
+        return int(np.argmax(np.where(is_open if lines is None else lines, gain, -np.inf)))
+
+    def _lines(self, is_open: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+        """The open configs that differ from the best one in one parameter, where it is their turn and there are any."""
+        if self._num_since_better < NUM_PATIENT_LINES or self._num_asked % LINE_TURN:
+            return None
+        best = self._seen.arms[int(np.argmin(self._seen.values()))]
+        lines = np.zeros_like(is_open)
+        lines[self._encoding.on_same_lines(best)] = True
+        lines &= is_open
+        return lines if lines.any() else None
 
     def _drawn(self, model: RewardModel, is_open: NDArray[np.bool_], num: int) -> list[int]:
         mean, deviation = model.predict()
