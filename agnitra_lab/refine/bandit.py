@@ -30,7 +30,7 @@ from agnitra_lab.refine.sampler import Observation, Problem
 
 NUM_SPREAD = 6
 """Configs that the cold model wants to see, far from each other, before it is asked."""
-PORTFOLIO_TURNS = (1, 2, 4)
+PORTFOLIO_TURNS = (1, 2, 4, 6, 8)
 """Questions that go to the siblings' best; the model, which sees whether those disappoint, has the ones between."""
 NUM_DRAWN_ARMS = 384
 COLD_TURN = 4

@@ -11,6 +11,8 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from agnitra_lab.contracts.search import Trial
 from agnitra_lab.errors import SearchError
 from agnitra_lab.refine.bound import Bound
@@ -160,10 +162,10 @@ class _Race:
         """The spread of one measurement, from all finalists around their own; that of few is itself a guess."""
         if self._is_exact():
             return 0.0
-        logs = [[math.log(value) for value in times] for times in self._ms.values() if len(times) > 1]
-        away = [(value - statistics.fmean(row)) ** 2 for row in logs for value in row]
-        freedom = max(1, len(away) - len(logs))
-        return max(math.sqrt(sum(away) / freedom), LEAST_SPREAD) * (1 + 2.5 / freedom)
+        logs = [np.log(times) for times in self._ms.values() if len(times) > 1]
+        away = sum(float(((row - row.mean()) ** 2).sum()) for row in logs)
+        freedom = max(1, sum(map(len, logs)) - len(logs))
+        return max(math.sqrt(away / freedom), LEAST_SPREAD) * (1 + 2.5 / freedom)
 
     def _is_exact(self) -> bool:
         """Whether every measurement repeats the first one to the digit, as a replay of medians does."""

@@ -21,7 +21,7 @@ AMPLITUDE, NUGGET, BLOCKS = 0.25, 0.0005, (0.1, 0.05)
 
 A large one of a config alone makes every neighbour of the best worth a question, and the search stays there.
 """
-AMPLITUDE_APART, NUGGET_APART, BLOCKS_APART = 0.04, 0.005, (0.02, 0.01, 0.01)
+AMPLITUDE_APART, NUGGET_APART, BLOCKS_APART = 0.04, 0.002, (0.02, 0.01, 0.01)
 """The same for how a landscape differs from its siblings' mean; the third block is that of the siblings' weights."""
 LENGTH_OF_MEAN = 0.7
 TOWARDS_SIBLINGS = 0.5
