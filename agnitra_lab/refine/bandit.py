@@ -39,8 +39,6 @@ NUM_SIBLING_TURNS = 10
 NUM_PATIENT, COLD_TURN_STUCK = 8, 2
 """Questions without anything better after which the cold model has every other turn: the siblings may mislead."""
 NUM_SPREAD_BESIDE = 2
-EVIDENCE_SHARE = 0.3
-"""Of the gap between the evidences of the two models: each is that of fitted hyper-parameters, and too sure of them."""
 NUM_PATIENT_LINES, LINE_TURN, DOUBT_ON_LINES = 12, 2, 2.0
 """Questions without anything better after which every other one changes one parameter of the best config alone."""
 
@@ -111,7 +109,7 @@ class Bandit:
         assert self._warm is not None
         if self._seen.num_known < 3:
             return 1.0
-        gap = EVIDENCE_SHARE * (self._warm.log_likelihood() - self._cold.log_likelihood())
+        gap = self._warm.log_likelihood() - self._cold.log_likelihood()
         return float(1 / (1 + np.exp(-np.clip(gap, -30, 30))))
 
     def _best(self, model: RewardModel, is_open: NDArray[np.bool_]) -> int:

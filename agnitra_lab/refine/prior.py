@@ -21,11 +21,11 @@ AMPLITUDE, NUGGET, BLOCKS = 0.25, 0.0005, (0.1, 0.05)
 
 A large one of a config alone makes every neighbour of the best worth a question, and the search stays there.
 """
-AMPLITUDE_APART, NUGGET_APART, BLOCKS_APART = 0.04, 0.002, (0.02, 0.01, 0.01)
+AMPLITUDE_APART, NUGGET_APART, BLOCKS_APART = 0.04, 0.01, (0.02, 0.01, 0.01)
 """The same for how a landscape differs from its siblings' mean; the third block is that of the siblings' weights."""
 LENGTH_OF_MEAN = 0.7
-TOWARDS_SIBLINGS = 0.5
-"""Of the way from the flat prior to what the siblings' fits say that their landscapes are like."""
+SURE = 0.7
+"""Of the spread that is left once siblings were fitted."""
 SLOPE_SPREAD = 0.3
 """Of the factor by which a landscape's differences are larger or smaller than its siblings'."""
 MAX_SIBLINGS, NUM_CONFIGS, NUM_STEPS, LEAST_CONFIGS = 4, 160, 20, 8
@@ -81,8 +81,7 @@ def _shape_prior(inputs: Inputs, bent: Floats) -> HyperPrior:
         chosen = _sample(own, index)
         basis = Basis(np.ones((len(chosen), 1)), np.zeros(1), np.zeros(1))
         fitted.append(_fitted(inputs.at(chosen), own[chosen], basis, prior))
-    mean = TOWARDS_SIBLINGS * np.mean(fitted, axis=0) + (1 - TOWARDS_SIBLINGS) * prior.mean.vector()
-    return HyperPrior(Hyper.of(mean, len(BLOCKS)), prior.spread)
+    return HyperPrior(Hyper.of(np.mean(fitted, axis=0), len(BLOCKS)), prior.spread * SURE)
 
 
 def _difference_prior(inputs: Inputs, bent: Floats) -> HyperPrior:
@@ -99,7 +98,7 @@ def _difference_prior(inputs: Inputs, bent: Floats) -> HyperPrior:
         fitted.append(_fitted(here, own[chosen], basis_of(mean[chosen]), prior))
     return HyperPrior(
         Hyper.of(np.mean(fitted, axis=0), len(BLOCKS_APART)),
-        np.concatenate([prior.spread[: len(lengths)], np.ones(2 + len(BLOCKS_APART))]),
+        np.concatenate([prior.spread[: len(lengths)] * SURE, np.ones(2 + len(BLOCKS_APART))]),
     )
 
 
