@@ -44,7 +44,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
     "rl": SamplerInfo(
         "agnitra_lab.refine.bandit",
         "contextual bandit: exact GP over coordinates and siblings",
-        rank="2 / 14",
+        rank="2 / 18",
         is_polished=True,
     ),
     "portfolio": SamplerInfo(
