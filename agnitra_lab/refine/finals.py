@@ -22,6 +22,8 @@ from agnitra_lab.refine.study import Study
 MIN_FINALISTS, MAX_FINALISTS, MOST_FINALISTS = 3, 10, 24
 MIN_ROUNDS, MAX_ROUNDS, MAX_FINALS = 2, 400, 1200
 """Of a kernel of microseconds a round costs nothing, and its noise is large: the time is what ends most races."""
+WIDENED_AT = (2, 4, 8)
+"""Rounds at which the noise is known better than before, and more who were unlucky at first may be let in."""
 REACH = 1.10
 """A config more than 10% behind in its first measurement is no finalist, unless there are too few or noise says so."""
 CONFIDENCE = 2.5
@@ -55,7 +57,7 @@ def named(study: Study, meter: Meter, is_stopped: Callable[[], bool]) -> Trial:
         is_late = study.elapsed_s > meter.budget_s * (1 + LATE_SHARE) or num_measured > MAX_FINALS
         if round_index >= MIN_ROUNDS and (is_late or race.is_decided()):
             break
-        if round_index == MIN_ROUNDS:
+        if round_index in WIDENED_AT:
             race.widen()
         runners = race.standing()
         for finalist in runners if round_index % 2 == 0 else reversed(runners):
@@ -76,6 +78,17 @@ def _ranked(study: Study) -> list[Trial]:
         (trial for trial in (*study.attached, *study.trials) if trial.latency_ms is not None and not trial.is_aborted),
         key=lambda trial: (trial.latency_ms, trial.index),
     )
+
+
+def middle(times_ms: Sequence[float]) -> float:
+    """Return the mean of the middle half: a median that steps of the timer do not make jump.
+
+    Kernels of 4 us have times at a few steps, 4% apart, and the median of many of them lies between two, now at one and
+    now at the other.
+    """
+    ordered = sorted(times_ms)
+    cut = len(ordered) // 4
+    return statistics.fmean(ordered[cut : len(ordered) - cut]) if cut else statistics.median(ordered)
 
 
 class _Race:
@@ -100,11 +113,15 @@ class _Race:
             self._ms[key].append(again.latency_ms)
 
     def widen(self) -> None:
-        """Let in whoever was unlucky at first, now that the noise is known: one whose first time explains it."""
-        reach = math.exp(CONFIDENCE * self._spread())
-        leader_ms = min(statistics.median(self._ms[trial.config.key()]) for trial in self.standing())
-        let_in = [trial for trial in self._waiting if (trial.latency_ms or 0.0) <= leader_ms * reach]
-        self._finalists += let_in[: MOST_FINALISTS - len(self._finalists)]
+        """Let in whoever was unlucky at first, now that the noise is known: one whose first time it explains."""
+        # Times stray upwards alone, some of them farther than the spread says.
+        strayed = max(max(times) / middle(times) for times in self._ms.values() if times)
+        reach = max(math.exp(CONFIDENCE * self._spread()), strayed)
+        leader_ms = min(middle(self._ms[trial.config.key()]) for trial in self.standing())
+        near = [trial for trial in self._waiting if (trial.latency_ms or 0.0) <= leader_ms * reach]
+        let_in = near[: max(MOST_FINALISTS - len(self._finalists), 0)]
+        self._finalists += let_in
+        self._waiting = self._waiting[len(let_in) :]
 
     def is_out(self, finalist: Trial) -> bool:
         return finalist.config.key() in self._out
@@ -123,7 +140,9 @@ class _Race:
         num_rounds = min(self.count(trial) for trial in self.standing())
         if num_rounds < MIN_ROUNDS:
             return
-        limit = min(centres.values()) + CONFIDENCE * self._error(num_rounds) + INDIFFERENCE
+        # Of three times two may be strays.
+        doubt = CONFIDENCE * (1 + 2 / num_rounds)
+        limit = min(centres.values()) + doubt * self._error(num_rounds) + INDIFFERENCE
         self._out.update(key for key, centre in centres.items() if centre > limit)
 
     def narrow(self, share: float) -> None:
@@ -152,7 +171,7 @@ class _Race:
         )
 
     def _centre(self, trial: Trial) -> float:
-        return math.log(statistics.median(self._ms[trial.config.key()]))
+        return math.log(middle(self._ms[trial.config.key()]))
 
     def _error(self, num_rounds: int) -> float:
         """The standard error of the difference of two medians: each is 1.25 times as uncertain as a mean."""

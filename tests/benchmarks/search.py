@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from agnitra_lab.contracts.search import ForeignResult, KernelConfig, SearchSpace
 from agnitra_lab.refine import replay
+from agnitra_lab.refine.finals import middle
 from agnitra_lab.refine.foreign import results_of
 from agnitra_lab.refine.sampler import SAMPLERS
 from agnitra_lab.refine.search import search
@@ -217,14 +218,19 @@ def sampler_figures(
 
 
 def winner_figures(num_seeds: int) -> dict[str, float]:
-    """How much slower the named winner is than the best that was measured, with noise of one recorded sample."""
+    """How much slower the named winner is than the best that was measured, with noise of one recorded sample.
+
+    What a config takes is the mean of its samples' middle half: a median of times at a few steps of the timer is at one
+    of them or another by chance.
+    """
     single, named = [], []
     for path in replay._recordings():
         landscape = replay.load(path)
-        truth = {row.config.key(): row.latency_ms for row in results_of(landscape) if row.latency_ms is not None}
         samples = _samples(landscape)
         if not samples:
             continue
+        truth = {key: middle(taken) for key, taken in samples.items()}
+        optimum = min(truth.values())
         for seed in range(num_seeds):
             rng = np.random.default_rng(seed)
 
@@ -241,7 +247,6 @@ def winner_figures(num_seeds: int) -> dict[str, float]:
             )  # fmt: skip
             assert result.best is not None
             first = min(result.trials, key=lambda trial: trial.latency_ms or math.inf)
-            optimum = min(landscape.best_latency_ms, *(truth[key] for key in samples))
             single.append(truth[first.config.key()] / optimum - 1)
             named.append(truth[result.best.config.key()] / optimum - 1)
     if not named:

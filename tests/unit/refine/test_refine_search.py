@@ -5,6 +5,7 @@ import pytest
 
 from agnitra_lab.contracts.search import KernelConfig, SearchSpace, Trial
 from agnitra_lab.errors import SearchError, TemplateError, UsageError
+from agnitra_lab.refine.finals import middle
 from agnitra_lab.refine.search import Ahead, search
 
 POINTS = [{"BLOCK_N": block, "num_warps": warps} for block, warps in itertools.product((1, 2, 4, 8), (1, 2, 4))]
@@ -241,3 +242,10 @@ def test_the_only_config_that_worked_is_named_without_finals() -> None:
     result = search(SPACE, measure, max_trials=4)
     assert result.best is not None and result.best.latency_ms == 3.0
     assert len(calls) == 4 and not result.finals
+
+
+def test_a_time_at_two_steps_of_the_timer_is_between_them_and_strays_do_not_count() -> None:
+    # By its median it would be at 4.0, and slower than a config that is always at 3.97.
+    assert 3.9 < middle([3.84] * 9 + [4.0] * 11) < 3.97
+    assert middle([3.84] * 9 + [4.0] * 9 + [5.0, 50.0]) < 3.97
+    assert middle([5.2, 3.8, 5.3]) == 5.2
