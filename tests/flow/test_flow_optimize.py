@@ -61,7 +61,10 @@ def test_the_kept_candidate_is_never_slower_than_eager(finished) -> None:
 def test_eager_and_the_compile_modes_were_in_the_contest(finished) -> None:
     report = finished[0].report
     assert report.comparison.baseline == "eager"
-    assert {"torch.compile", "torch.compile:max-autotune"} <= {candidate.name for candidate in report.candidates}
+    names = {candidate.name for candidate in report.candidates}
+    assert "torch.compile" in names
+    # Tuned is whichever of the cheap ones was the fastest.
+    assert {"torch.compile:max-autotune", "agnitra:max-autotune"} & names
 
 
 def test_each_run_directory_is_complete_and_unchanged_since(finished) -> None:
