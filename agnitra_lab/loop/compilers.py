@@ -1,6 +1,6 @@
 """Processes without a GPU that compile kernel configs ahead of whoever runs them, into Triton's disk cache.
 
-A config costs 0.3 to 3 s to compile and some 50 ms to measure, and only one process measures.
+A config costs 0.1 to 2 s to compile, most of what a measurement of it takes, and only one process measures.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Compilers:
 
     def _work(self) -> None:
         with Worker(env=self._env) as worker:
-            # Loading torch and Triton takes some 4 s: before the first config is asked for, not after.
+            # Loading torch and Triton takes seconds: before the first config is asked for, not after.
             self._run(worker, "load", ())
             while not self._is_stopped.is_set():
                 task = self._next(0.1)

@@ -128,9 +128,7 @@ class Bandit:
         if self._num_since_better < NUM_PATIENT_LINES or self._num_asked % LINE_TURN:
             return None
         best = self._seen.arms[int(np.argmin(self._seen.values()))]
-        lines = np.zeros_like(is_open)
-        lines[self._encoding.on_same_lines(best)] = True
-        lines &= is_open
+        lines = self._encoding.is_on_same_line(best) & is_open
         return lines if lines.any() else None
 
     def _drawn(self, model: RewardModel, is_open: NDArray[np.bool_], num: int) -> list[int]:

@@ -93,7 +93,11 @@ class Encoding:
 
     def on_same_lines(self, arm: int) -> NDArray[np.intp]:
         """Return the arms that differ from this one in exactly one parameter, by any number of steps."""
-        return np.flatnonzero((self.ranks != self.ranks[arm]).sum(axis=1) == 1)
+        return np.flatnonzero(self.is_on_same_line(arm))
+
+    def is_on_same_line(self, arm: int) -> NDArray[np.bool_]:
+        """Return for every arm whether it differs from this one in exactly one parameter."""
+        return np.asarray((self.ranks != self.ranks[arm]).sum(axis=1) == 1)
 
     def _ranks(self, config: KernelConfig) -> list[int]:
         try:

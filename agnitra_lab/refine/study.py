@@ -276,11 +276,11 @@ class Study:
     def _near_best(self) -> NDArray[np.bool_]:
         """The open arms beside the best one; all that are open where none of those is."""
         best = self.best
-        near = np.zeros_like(self._is_open)
         if best is not None:
-            near[self._encoding.on_same_lines(self._encoding.index(best.config))] = True
-        near &= self._is_open
-        return near if near.any() else self._is_open.copy()
+            near = self._encoding.is_on_same_line(self._encoding.index(best.config)) & self._is_open
+            if near.any():
+                return near
+        return self._is_open.copy()
 
     def _told(self, arm: int, trial: Trial) -> None:
         is_foreign = arm not in self._pending

@@ -149,6 +149,7 @@ def attend(
     PDL: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
+    """Turn the new queries and keys, write these into the cache, and attend to one part of its keys."""
     dtype = k_cache_ptr.dtype.element_ty
     # 64-bit: a cache of a large batch passes 2^31 elements.
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
@@ -289,6 +290,7 @@ def add_parts(
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Add up what the parts of the keys gave one row, each by its share of the exponentials."""
     row = tl.program_id(0)
     r = row % NUM_R
     batch = (row // NUM_R // num_kv_heads).to(tl.int64)

@@ -10,6 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
+    """Apply one of the template's ACTIVATIONS to fp32 values."""
     if ACTIVATION == 1:
         y = tl.where(y < 0.0, 0.0, y)
     elif ACTIVATION == 2:
@@ -83,6 +84,7 @@ def reduce(
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Multiply few rows of x by whole rows of W in registers, all requested before anything is waited for."""
     dtype = out_ptr.dtype.element_ty
     if PDL == 2:
         tl.extra.cuda.gdc_launch_dependents()
@@ -195,6 +197,7 @@ def dot(
     PDL: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
+    """Multiply up to 16 rows of x by W on tensor cores, W through a pipeline of shared memory."""
     dtype = out_ptr.dtype.element_ty
     OUTS: tl.constexpr = BLOCK_N // 2 if GATED != 0 and BLOCK_N > 16 else BLOCK_N
     offs_n = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
@@ -295,6 +298,7 @@ def combine(
     PDL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Add the parts of K in order, and finish."""
     dtype = out_ptr.dtype.element_ty
     if PDL == 2:
         tl.extra.cuda.gdc_launch_dependents()
