@@ -90,7 +90,7 @@ class Refinement:
         deadline_s = clock_s() + _SEARCH_SHARE * self._settings.budget_s
         unknown = [site for site in sites if self._earlier(site) is None]
         self._prepare_first(unknown)
-        self._take_advice(unknown, deadline_s)
+        self._take_advice([site for site in unknown if not self._is_ruled(site)], deadline_s)
         for site in sites:
             known = self._earlier(site)
             if known is not None:
@@ -104,7 +104,7 @@ class Refinement:
                 continue
             # Later sites are not left with nothing: each may take half of what is left, and the rule of thumb is tried
             # in any case, because no kernel runs in this process that has not run in the lab.
-            num_trials = 1 if is_spent else self._settings.max_trials
+            num_trials = 1 if is_spent or self._is_ruled(site) else self._settings.max_trials
             result, note = self._searched(site, max(left_s / 2, _LEAST_SEARCH_S), num_trials)
             notes.append(note)
             results += [result] if result is not None else []
@@ -119,7 +119,12 @@ class Refinement:
             for site in sites:
                 self._lab.prepare(site, self._seeds(site)[:1])
 
+    def _is_ruled(self, site: Site) -> bool:
+        return self._is_measured and templates.is_ruled(site)
+
     def _seeds(self, site: Site) -> list[KernelConfig]:
+        if self._is_ruled(site):
+            return templates.seed_configs(site, ())
         advised = self._advice.seeds(site) if self._advice is not None else []
         return [*advised, *templates.seed_configs(site, self._suggestions)]
 

@@ -108,16 +108,26 @@ def test_every_activation_is_that_of_torch_at_its_limits_too(activation: str, ro
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_the_norm_before_a_product_rounds_where_the_model_does(flag: bool) -> None:
+def test_the_norm_before_a_tensor_core_product_rounds_where_the_model_does(flag: bool) -> None:
     # The identity as weight gives the normed row itself; fp16, because the interpreter truncates to bf16.
-    x, norm = torch.randn(2, 256).half(), torch.randn(256).half()
+    x, norm = torch.randn(6, 256).half(), torch.randn(256).half()
     options = {"norm_weight": norm, "eps": EPS}
-    output = kernel("skinny_gemm", REDUCED)(x, torch.eye(256).half(), **options, cast_before_weight=flag)
+    output = kernel("skinny_gemm", DOTTED)(x, torch.eye(256).half(), **options, cast_before_weight=flag)
     reference = registry.load("skinny_gemm").reference
     same = reference(x, torch.eye(256).half(), **options, cast_before_weight=flag)
     other = reference(x, torch.eye(256).half(), **options, cast_before_weight=not flag)
     assert float((output == same).double().mean()) > 0.99
     assert float((output == other).double().mean()) < 0.99
+
+
+def test_the_norm_before_a_product_in_registers_rounds_nothing() -> None:
+    x, norm = torch.randn(2, 256).half(), torch.randn(256).half()
+    options = {"norm_weight": norm, "eps": EPS}
+    output = kernel("skinny_gemm", REDUCED)(x, torch.eye(256).half(), **options)
+    exact = torch.nn.functional.rms_norm(x.double(), (256,), norm.double(), EPS)
+    assert float((output == exact.half()).double().mean()) > 0.99
+    rounded = registry.load("skinny_gemm").reference(x, torch.eye(256).half(), **options)
+    assert float((output == rounded).double().mean()) < 0.99
 
 
 @pytest.mark.parametrize("rows", [1, 2, 6])
@@ -209,7 +219,7 @@ def run_source(source: str, folder: Path, name: str) -> str | None:
     constants = module.CONSTANTS
     num_tiles = -(-cols // constants["BLOCK_K"])
     flags = {
-        "NUM_TILES": num_tiles, "IS_EVEN": False, "HAS_BIAS": True, "HAS_NORM": True, "CAST_BEFORE_WEIGHT": True,
+        "NUM_TILES": num_tiles, "IS_EVEN": False, "HAS_BIAS": True, "HAS_NORM": True,
         "HAS_RESIDUAL": True, "ACTIVATION": 4, "GATED": 1,
     }  # fmt: skip
     if rows <= 4:
@@ -218,6 +228,7 @@ def run_source(source: str, folder: Path, name: str) -> str | None:
         constants = {key: value for key, value in constants.items() if key != "NUM_STAGES"}
     else:
         function, outs = module.dot, max(16, constants["BLOCK_N"] // 2)
+        flags["CAST_BEFORE_WEIGHT"] = True
     strides = (x.stride(0), weight.stride(0), residual.stride(0), EPS)
     tensors = (x, weight, bias, norm, residual, buffer, buffer)
     function[(-(-out // outs), 1)](*tensors, rows, out, cols, *strides, **flags, **constants, **module.OPTIONS)

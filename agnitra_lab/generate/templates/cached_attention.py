@@ -31,7 +31,7 @@ from agnitra_lab.generate.templates.attention_points import (
     split_rule,
     split_space,
 )
-from agnitra_lab.generate.templates.cached_attention_kernels import add_parts, attend, prefetch, turn
+from agnitra_lab.generate.templates.cached_attention_kernels import add_parts, attend, keys, old, prefetch, seen, turn
 
 PARAMS = ("BLOCK_N", "SPLIT", "PDL", "num_warps", "num_stages")
 FORMS = ("none", "halves", "neighbours")
@@ -39,7 +39,7 @@ FORMS = ("none", "halves", "neighbours")
 ANGLES = ("each", "halves", "neighbours")
 """What value d takes of a row of cos and sin: d, d modulo rotary / 2, or d // 2."""
 
-kernel = (turn, prefetch, attend, add_parts)
+kernel = (turn, prefetch, old, keys, seen, attend, add_parts)
 _IS_COMPILED = isinstance(attend, triton.JITFunction)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASK_DTYPES = (torch.bool, *_DTYPES)
@@ -232,6 +232,11 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
 def default(shape: tuple[int, ...], dtype: str) -> dict[str, int]:
     """Parts for two programs on each of 132 multiprocessors, of at least 64 keys."""
     return {**split_rule(shape, dtype), "PDL": 2}
+
+
+def is_ruled(shape: tuple[int, ...]) -> bool:
+    """Whether `default` is to be used as it is: it was chosen between the products that stand around a step."""
+    return True
 
 
 def example(shape: tuple[int, ...], dtype: str, device: torch.device | str) -> tuple[tuple[object, ...], dict]:

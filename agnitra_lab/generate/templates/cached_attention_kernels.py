@@ -81,6 +81,62 @@ def prefetch(rows, stride, start, end, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
+def old(offs_n, end, slots, NUM_QUERIES: tl.constexpr):
+    """Say which keys of a block are there and lie in no slot of a new token."""
+    mask_n = offs_n < end
+    for t in tl.static_range(NUM_QUERIES):
+        mask_n = mask_n & (offs_n != slots[t])
+    return mask_n
+
+
+@triton.jit
+def keys(
+    k_rows,
+    v_rows,
+    mask_rows,
+    offs_n,
+    mask_n,
+    mask_r,
+    stride_kcs,
+    stride_vcs,
+    stride_ms,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """Load a block of keys, its values and its mask."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = mask_n[:, None] & (offs_d < HEAD_SIZE)[None, :]
+    k = tl.load(k_rows + offs_n.to(tl.int64)[:, None] * stride_kcs + offs_d[None, :], mask=mask, other=0.0)
+    v = tl.load(v_rows + offs_n.to(tl.int64)[:, None] * stride_vcs + offs_d[None, :], mask=mask, other=0.0)
+    given = mask_n
+    if MASK != 0:
+        mask = mask_r[:, None] & mask_n[None, :]
+        given = tl.load(mask_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_ms, mask=mask, other=0)
+    return k, v, given
+
+
+@triton.jit
+def seen(q, k, v, given, mask_n, factor, highest, total, acc, MASK: tl.constexpr):
+    """Attend to a block of keys; return the new maximum, sum and result."""
+    # "ieee": TF32 would round fp32 keys to 10 bits.
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+    if MASK == 1:
+        scores = tl.where(given != 0, scores, float("-inf"))
+    if MASK == 2:
+        scores += given.to(tl.float32) * 1.4426950408889634
+    scores = tl.where(mask_n[None, :], scores, float("-inf"))
+    higher = tl.maximum(highest, tl.max(scores, axis=1))
+    # Rows that saw no key yet subtract 0, not -inf from -inf.
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(highest - base)
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return higher, total, acc
+
+
+@triton.jit
 def attend(
     q_ptr,
     k_ptr,
@@ -171,6 +227,24 @@ def attend(
     mask_d = offs_d < HEAD_SIZE
     head = kv_head * (NUM_R // NUM_QUERIES) + offs_r // NUM_QUERIES
     query = offs_r % NUM_QUERIES
+    # Requests that wait for nothing come first, in one trip to the L2: slots, the first keys and values, their mask.
+    slots = ()
+    owns = ()
+    for t in tl.static_range(NUM_QUERIES):
+        if HAS_POSITION:
+            slot = tl.load(position_ptr + t * stride_p).to(tl.int64)
+            slot = tl.where(slot < 0, slot + num_keys, slot)
+        else:
+            slot = tl.cast(first_position + t, tl.int64)
+        slots += (slot,)
+        owns += ((slot >= start) & (slot < end),)
+    mask_rows = mask_ptr + batch * stride_mb + head * stride_mh + query * stride_ml
+    offs_n = start + tl.arange(0, BLOCK_N)
+    k, v, given = keys(
+        k_rows, v_rows, mask_rows, offs_n, offs_n < end, mask_r, stride_kcs, stride_vcs, stride_ms,
+        HEAD_SIZE, BLOCK_D, MASK,
+    )  # fmt: skip
+
     cos_rows = cos_ptr + batch * stride_cb
     sin_rows = sin_ptr + batch * stride_sb
     q = turn(
@@ -179,80 +253,57 @@ def attend(
         q_norm_ptr, mask_r, stride_cd, stride_sd, q_eps,
         HEAD_SIZE, BLOCK_D, HAS_Q_NORM, FORM, ROTARY, ANGLES,
     ).to(dtype)  # fmt: skip
-    mask_rows = mask_ptr + batch * stride_mb + head * stride_mh + query * stride_ml
     # Scores in units of log2: exp2 is one instruction.
     factor = tl.cast(scale * 1.4426950408889634, tl.float32)
 
     # The new keys and values: from registers, in the part that their slots lie in, which alone writes these slots.
     one = tl.full((1,), 1, dtype=tl.int1)
     zero = tl.arange(0, 1)
-    slots = ()
+    sights = ()
     new_ks = ()
     new_vs = ()
     for t in tl.static_range(NUM_QUERIES):
-        if HAS_POSITION:
-            slot = tl.load(position_ptr + t * stride_p).to(tl.int64)
-            slot = tl.where(slot < 0, slot + num_keys, slot)
-        else:
-            slot = tl.cast(first_position + t, tl.int64)
-        is_own = (slot >= start) & (slot < end)
-        new_k = turn(
-            k_ptr + batch * stride_kb + kv_head * stride_kh + t * stride_kl + zero,
-            cos_rows + t * stride_cl + zero, sin_rows + t * stride_sl + zero,
-            k_norm_ptr, one, stride_cd, stride_sd, k_eps,
-            HEAD_SIZE, BLOCK_D, HAS_K_NORM, FORM, ROTARY, ANGLES,
-        ).to(dtype)  # fmt: skip
+        new_ks += (
+            turn(
+                k_ptr + batch * stride_kb + kv_head * stride_kh + t * stride_kl + zero,
+                cos_rows + t * stride_cl + zero, sin_rows + t * stride_sl + zero,
+                k_norm_ptr, one, stride_cd, stride_sd, k_eps,
+                HEAD_SIZE, BLOCK_D, HAS_K_NORM, FORM, ROTARY, ANGLES,
+            ).to(dtype),
+        )  # fmt: skip
         v_row = v_ptr + batch * stride_vb + kv_head * stride_vh + t * stride_vl
-        new_v = tl.load(v_row + offs_d, mask=mask_d & is_own, other=0.0)
-        k_slot = k_rows + slot * stride_kcs + offs_d
-        tl.store(k_slot[None, :], new_k, mask=(mask_d & is_own)[None, :])
-        tl.store(v_rows + slot * stride_vcs + offs_d, new_v, mask=mask_d & is_own)
-        slots += (slot,)
-        new_ks += (new_k,)
-        new_vs += (new_v,)
+        new_vs += (tl.load(v_row + offs_d, mask=mask_d, other=0.0),)
+        sight = zero
+        if MASK != 0:
+            sight = tl.load(mask_rows + slots[t] * stride_ms, mask=mask_r & owns[t], other=0)
+        sights += (sight,)
 
     highest = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_R,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
-    for n in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
+    mask_n = old(offs_n, end, slots, NUM_QUERIES)
+    # What a slot held before may be anything: no NaN of it may meet a weight of zero.
+    v = tl.where(mask_n[:, None], v, 0.0)
+    highest, total, acc = seen(q, k, v, given, mask_n, factor, highest, total, acc, MASK)
+    for n in tl.range(start + BLOCK_N, end, BLOCK_N, num_stages=NUM_STAGES):
         offs_n = n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < end
-        # What the slots held before is never read: no order between this and the stores above is needed.
-        for t in tl.static_range(NUM_QUERIES):
-            mask_n = mask_n & (offs_n != slots[t])
-        mask_kv = mask_n[:, None] & mask_d[None, :]
-        k = tl.load(k_rows + offs_n.to(tl.int64)[:, None] * stride_kcs + offs_d[None, :], mask=mask_kv, other=0.0)
-        v = tl.load(v_rows + offs_n.to(tl.int64)[:, None] * stride_vcs + offs_d[None, :], mask=mask_kv, other=0.0)
-        # "ieee": TF32 would round fp32 keys to 10 bits.
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
-        if MASK != 0:
-            seen = mask_r[:, None] & mask_n[None, :]
-            given = tl.load(mask_rows[:, None] + offs_n[None, :] * stride_ms, mask=seen, other=0)
-            if MASK == 1:
-                scores = tl.where(given != 0, scores, float("-inf"))
-            else:
-                scores += given.to(tl.float32) * 1.4426950408889634
-        scores = tl.where(mask_n[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        # Rows that saw no key yet subtract 0, not -inf from -inf.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        highest = higher
+        mask_n = old(offs_n, end, slots, NUM_QUERIES)
+        k, v, given = keys(
+            k_rows, v_rows, mask_rows, offs_n, mask_n, mask_r, stride_kcs, stride_vcs, stride_ms,
+            HEAD_SIZE, BLOCK_D, MASK,
+        )  # fmt: skip
+        highest, total, acc = seen(q, k, v, given, mask_n, factor, highest, total, acc, MASK)
 
     # They come last: their scores then wait for nothing that the keys in memory could be asked for before.
     for t in tl.static_range(NUM_QUERIES):
-        is_own = (slots[t] >= start) & (slots[t] < end)
+        tl.store((k_rows + slots[t] * stride_kcs + offs_d)[None, :], new_ks[t], mask=(mask_d & owns[t])[None, :])
+        tl.store(v_rows + slots[t] * stride_vcs + offs_d, new_vs[t], mask=mask_d & owns[t])
         score = tl.sum(q.to(tl.float32) * new_ks[t].to(tl.float32), axis=1) * factor
-        if MASK != 0:
-            sight = tl.load(mask_rows + slots[t] * stride_ms, mask=mask_r & is_own, other=0)
-            if MASK == 1:
-                score = tl.where(sight != 0, score, float("-inf"))
-            else:
-                score += sight.to(tl.float32) * 1.4426950408889634
-        score = tl.where(is_own, score, float("-inf"))
+        if MASK == 1:
+            score = tl.where(sights[t] != 0, score, float("-inf"))
+        if MASK == 2:
+            score += sights[t].to(tl.float32) * 1.4426950408889634
+        score = tl.where(owns[t], score, float("-inf"))
         higher = tl.maximum(highest, score)
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - base)

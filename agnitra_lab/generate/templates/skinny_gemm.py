@@ -5,8 +5,8 @@ first multiplication. Above, W passes through a pipeline of shared memory into t
 padded to 16 columns. SPLIT cuts K into parts whose fp32 sums are added in order by a second kernel, without atomics.
 
 x is tiny and stays in the caches, so each program norms the row again instead of waiting for a kernel that does. Values
-are rounded where separate ops round them: after the norm, after the linear, after the activation, after the product
-with up, after the residual addition.
+are rounded where separate ops round them: after the norm (on tensor cores; in registers its scale multiplies the sum,
+and nothing is rounded before), after the linear, after the activation, after the product with up, after the residual.
 
 PDL=2 launches programmatically dependent on the kernel before: the weights are requested before gdc_wait(), all else is
 read after it. The weight must then not be written by the kernel that runs before.
@@ -78,7 +78,9 @@ def _run(
     }
     if after["PDL"] == 2:
         after["launch_pdl"] = True
-    own = {"NUM_ROWS": num_rows, "NUM_ALL_TILES": num_all_tiles} if is_reduced else {"NUM_STAGES": num_stages}
+    own: dict[str, Any] = {"NUM_ROWS": num_rows, "NUM_ALL_TILES": num_all_tiles}
+    if not is_reduced:
+        own = {"NUM_STAGES": num_stages, "CAST_BEFORE_WEIGHT": norm[1]}
     smallest = 1 if is_reduced else 16
     grid = (-(-num_out // (block_n // 2 if codes[1] and block_n > smallest else block_n)), split)
     bias_N = x if bias is None else bias
@@ -86,7 +88,7 @@ def _run(
         x_MK, weight, bias_N, x if norm_weight is None else norm_weight, residual_MN, out, partial,
         num_rows, num_out, num_cols, x_MK.stride(0), weight.stride(0), residual_MN.stride(0), norm[0],
         NUM_TILES=num_tiles, IS_EVEN=num_cols == num_tiles * split * block_k,
-        HAS_NORM=norm_weight is not None, CAST_BEFORE_WEIGHT=norm[1],
+        HAS_NORM=norm_weight is not None,
         BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages, **own, **after,
     )  # fmt: skip
     if split > 1:
@@ -187,7 +189,7 @@ def launch(
         residual: None or a tensor of the result's shape, added last.
         norm_weight: None, or [K]: x is RMS-normed with it first.
         eps: of that norm.
-        cast_before_weight: where the norm rounds, as in the template rms_norm.
+        cast_before_weight: where the norm rounds before a tensor-core product, as in the template rms_norm.
         activation: one of ACTIVATIONS, of the linear's result or of the gate.
         gate: one of GATES: which half of W's rows the activation is for; the other half multiplies it.
 
@@ -293,10 +295,11 @@ def default(shape: tuple[int, ...], dtype: str) -> dict[str, int]:
     """Few rows: whole rows of W in registers, 8 loads a thread. More: tensor-core tiles, 32 KB or more in flight."""
     num_rows, num_weight_rows, num_cols = shape
     if num_rows <= MOST_REDUCED_ROWS:
-        # Measured on an H200 with dependent launches, 2048 and 5632 columns of bf16: 8 warps along K, and two rows of W
-        # a program, four where that still gives every multiprocessor several programs.
+        # Measured on an H200 in a chain of dependent launches, 2048 and 5632 columns of bf16: 8 warps along K. With
+        # more rows of W a program asks for more before it waits, and reads x for more of them; but too few programs
+        # leave multiprocessors idle, and rows of 11 KB fill the registers.
         num_warps = max(1, min(8, next_power_of_two(num_cols * itemsize(dtype) // 512)))
-        block_n = 4 if num_weight_rows <= 4096 and num_cols * itemsize(dtype) <= 4096 else 2
+        block_n = 2 if num_cols * itemsize(dtype) > 4096 else 8 if 8192 <= num_weight_rows < 16384 else 4
         return {
             "BLOCK_N": block_n, "BLOCK_K": 512 * num_warps // itemsize(dtype), "SPLIT": 1, "PDL": 2,
             "num_warps": num_warps, "num_stages": 1,
@@ -304,6 +307,11 @@ def default(shape: tuple[int, ...], dtype: str) -> dict[str, int]:
     block_n = 64 if num_weight_rows >= 64 * _NUM_PROGRAMS_FOR_ONE_WAVE else 32 if num_weight_rows >= 4096 else 16
     block_k = 512 // itemsize(dtype)
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": 1, "PDL": 2, "num_warps": 4, "num_stages": 4}
+
+
+def is_ruled(shape: tuple[int, ...]) -> bool:
+    """Whether `default` is to be used as it is: rows in registers were chosen in a chain of dependent launches."""
+    return shape[0] <= MOST_REDUCED_ROWS
 
 
 def example(shape: tuple[int, ...], dtype: str, device: torch.device | str) -> tuple[tuple[object, ...], dict]:

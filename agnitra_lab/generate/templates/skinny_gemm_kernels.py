@@ -75,7 +75,6 @@ def reduce(
     IS_EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    CAST_BEFORE_WEIGHT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -146,10 +145,7 @@ def reduce(
         for t in tl.static_range(NUM_TILES):
             x = x_tiles[t].to(tl.float32)
             if HAS_NORM:
-                x = x * scale
-                if CAST_BEFORE_WEIGHT:
-                    x = x.to(dtype).to(tl.float32)
-                x = (x * norm_tiles[t].to(tl.float32)).to(dtype).to(tl.float32)
+                x = x * norm_tiles[t].to(tl.float32)
             acc += tiles[t].to(tl.float32) * x[None, :]
             if GATED != 0:
                 up_acc += up_tiles[t].to(tl.float32) * x[None, :]
@@ -157,6 +153,9 @@ def reduce(
         up = y
         if GATED != 0:
             up = tl.sum(up_acc, axis=1)
+        # A factor of the whole row, so it may come last: the products then do not wait for the sum of squares.
+        y *= scale
+        up *= scale
         if SPLIT == 1:
             y = finish(y, up, bias, up_bias, residual, dtype, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED)
             tl.store(out_ptr + m * num_out + offs_n, y, mask=mask_n)

@@ -15,7 +15,6 @@ from agnitra_lab.generate.templates import cached_attention_kernels, decode_atte
 FLAGS = {
     "HAS_BIAS": False,
     "HAS_NORM": True,
-    "CAST_BEFORE_WEIGHT": True,
     "HAS_RESIDUAL": True,
     "ACTIVATION": 0,
     "GATED": 0,
@@ -76,6 +75,7 @@ def test_without_the_option_nothing_depends_on_another_launch() -> None:
 @pytest.mark.parametrize(("block_n", "num_warps"), [(64, 4), (32, 2)])
 def test_more_rows_go_through_a_pipeline_into_tensor_cores(gated: int, block_n: int, num_warps: int) -> None:
     constants = FLAGS | {
+        "CAST_BEFORE_WEIGHT": True,
         "GATED": gated, "ACTIVATION": 4 if gated else 0, "NUM_TILES": 16, "BLOCK_N": block_n, "BLOCK_K": 128,
         "NUM_STAGES": 4, "PDL": 1,
     }  # fmt: skip

@@ -78,6 +78,15 @@ def test_what_each_search_begins_with_is_compiled_before_the_first_of_them_begin
         assert next(measured for at, measured in lab.measured if at == site) == config
 
 
+def test_where_only_neighbours_show_what_a_config_costs_the_rule_of_thumb_is_measured_and_taken(tmp_path):
+    lab, step = Lab(), Site("skinny_gemm", (1, 11264, 2048), "bfloat16")
+    stage, _, _ = refine(tmp_path, lab, step, Site("skinny_gemm", (16, 4096, 4096), "bfloat16"))
+    rule = default_config(step.template, step.shape, step.dtype)
+    assert [config.key() for site, config in lab.measured if site == step] == [rule.key()]
+    assert stage.tuned[step] == rule
+    assert len({config.key() for site, config in lab.measured if site != step}) > 1
+
+
 def test_a_run_that_is_not_to_start_warm_searches_again(tmp_path):
     refine(tmp_path, Lab(), NORM)
     lab = Lab()
