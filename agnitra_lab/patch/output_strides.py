@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from agnitra_lab.device.row_copy import copy_rows
 from agnitra_lab.patch.layouts import is_dense
 
 Strides = tuple[int, ...]
@@ -67,7 +68,8 @@ def copied(leaf: Tensor, strides: Strides | None) -> Tensor:
     """Return a copy with these strides; None for the leaf's own."""
     if strides is None:
         return leaf.clone()
-    return torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+    out = torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=leaf.device)
+    return out if out.is_contiguous() and copy_rows(leaf, out) else out.copy_(leaf)
 
 
 def _differs(leaf: Tensor, strides: Strides) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from agnitra_lab.contracts.search import KernelConfig
+from agnitra_lab.device import row_copy
 from agnitra_lab.errors import TemplateError
 from agnitra_lab.generate import registry
 from agnitra_lab.generate.defaults import default_config
@@ -114,6 +115,18 @@ def test_swiglu_keeps_the_limits_of_silu() -> None:
     output = render(default_config("swiglu", (1, 7), "float32")).call(gate, torch.ones_like(gate))
     expected = torch.nn.functional.silu(gate)
     assert torch.allclose(output, expected, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64])
+@pytest.mark.parametrize("columns", [row_copy.BLOCK, row_copy.BLOCK + 1, 2 * row_copy.BLOCK + 5])
+def test_rows_leave_padded_memory_as_they_were(columns: int, dtype: torch.dtype) -> None:
+    leaf = torch.arange(2 * 3 * (columns + 7)).to(dtype).view(2, 3, columns + 7)[:, :, :columns]
+    out = torch.zeros(2 * 3 * columns + 64, dtype=dtype)
+    stride = row_copy.row_stride(leaf)
+    assert stride is not None
+    row_copy.gather(leaf, stride, out[: leaf.numel()].view(leaf.shape))
+    assert torch.equal(out[: leaf.numel()].view(leaf.shape), leaf)
+    assert not out[leaf.numel() :].any()
 
 
 def test_a_template_refuses_to_run_under_grad() -> None:

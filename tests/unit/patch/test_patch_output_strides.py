@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.device.row_copy import row_stride
 from agnitra_lab.patch.install import install
 from agnitra_lab.patch.output_strides import OutputStrides, strides_of
 
@@ -82,3 +83,13 @@ def run_as_padded(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda *given: [padded(*value.shape).copy_(value) for value in run(*given)]
 
     monkeypatch.setattr(Backend, "_lower", lowered)
+
+
+def test_rows_with_gaps_are_known_by_their_strides() -> None:
+    rows = torch.randn(2, 3, 16)[:, :, :13]
+    assert row_stride(rows) == 16
+    assert row_stride(rows[:1]) == 16
+    assert row_stride(rows[:, :2]) is None, "a gap between the groups of rows"
+    assert row_stride(rows.transpose(0, 1)) is None
+    assert row_stride(rows.contiguous()) is None
+    assert row_stride(rows[0, 0]) is None
