@@ -93,6 +93,18 @@ def test_what_two_measurements_cannot_decide_gets_a_third_that_is_longer() -> No
     assert winner is not None and winner.compile_s == 4.0
 
 
+def test_a_median_that_gains_nothing_is_not_asked_again() -> None:
+    asked = []
+
+    def measure(name: str, times: float) -> CandidateResult:
+        asked.append(times)
+        return judge(name, comparison("no_change", 1.02), 1.0)
+
+    assert confirm([judge("a", comparison("no_change", 1.02), 1.0)], ["a"], measure)[1] is None
+    assert asked == [2.0]
+    assert contenders([judge("a", comparison("no_change", 1.02), 1.0)]) == []
+
+
 def test_where_nothing_is_confirmed_no_row_stays_kept() -> None:
     (row,) = pass_over([judge("a", comparison("faster", 1.2), 1.0)], None, None)
     assert (row.status, "not confirmed" in row.reason) == ("rejected", True)
