@@ -8,8 +8,8 @@ from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Laten
 
 # Two first measurements share no moment in time: what clocks drift in between is left as a margin.
 _CLEAR_LEAD = 1.1
-_LONGER = 2.0
-# A median that is worth a longer look. On two CPU cores the interval of a second's timing was 0.59 to 1.28 around one
+_UNDECIDED = 4.0
+# A median that is worth a longer look. On two CPU cores the interval of two seconds of timing was 0.59 to 1.28 about one
 # of 1.11, and torch.compile, 1.11 times as fast in twelve seconds, was not kept.
 _WORTH_A_LOOK = 1.03
 
@@ -72,16 +72,16 @@ def confirm(
     Args:
         results: every row.
         names: of the candidates, the best first.
-        measure: (name, times the usual time) -> its new row.
+        measure: (name, times the usual time) -> its new row; what the first cannot decide gets four times as long.
 
     Returns:
         The rows, with the new ones in place; and the one that was proved, None where none was.
     """
     rows = list(results)
     for name in names:
-        again = measure(name, _LONGER)
+        again = measure(name, 1.0)
         if is_undecided(again):
-            again = measure(name, 2 * _LONGER)
+            again = measure(name, _UNDECIDED)
         rows = [again if row.name == name else row for row in rows]
         if again.status == "kept":
             return rows, again

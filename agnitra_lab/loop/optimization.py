@@ -402,7 +402,7 @@ class Optimization:
         self.results, self.winner = contest.confirm(
             self.results,
             names,
-            lambda name, share: self._judge(name, self.patches[name], share * self.settings.timing_s),
+            lambda name, times: self._judge(name, self.patches[name], times * self.settings.timing_s),
         )
         return final
 

@@ -81,7 +81,7 @@ def test_a_leader_that_is_not_confirmed_makes_way_for_the_next() -> None:
 
     found, winner = confirm(rows, ["a", "b", "c"], measure)
     assert winner is not None and winner.name == "b"
-    assert asked == [("a", 2.0), ("b", 2.0)]
+    assert asked == [("a", 1.0), ("b", 1.0)]
     assert [row.status for row in found] == ["rejected", "kept", "kept"]
 
 
@@ -101,7 +101,7 @@ def test_a_median_that_gains_nothing_is_not_asked_again() -> None:
         return judge(name, comparison("no_change", 1.02), 1.0)
 
     assert confirm([judge("a", comparison("no_change", 1.02), 1.0)], ["a"], measure)[1] is None
-    assert asked == [2.0]
+    assert asked == [1.0]
     assert contenders([judge("a", comparison("no_change", 1.02), 1.0)]) == []
 
 
