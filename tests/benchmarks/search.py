@@ -19,6 +19,7 @@ import concurrent.futures
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -400,18 +401,18 @@ def main() -> None:
     figures, table = _parts(options, num_seeds)
     figures["num_seeds"] = num_seeds
     if options.artifacts:
-        _file(options.artifacts, options.quick, figures, table)
+        _file(options.artifacts, figures, table)
     print(json.dumps(figures))
 
 
-def _file(artifacts: str, is_quick: bool, figures: dict[str, float | None], table: dict) -> None:
+def _file(artifacts: str, figures: dict[str, float | None], table: dict) -> None:
     from agnitra_lab.device.info import describe
     from agnitra_lab.runs import provenance, summary
     from agnitra_lab.runs.markdown import run_markdown
     from agnitra_lab.runs.store import RunStore
 
     run = RunStore(artifacts).create("search", "search", category="perf")
-    command = "python tests/benchmarks/search.py" + (" --quick" if is_quick else "")
+    command = shlex.join(["python", "tests/benchmarks/search.py", *sys.argv[1:]])
     meta = provenance.meta(
         run.run_id, "perf", "search", command=command, argv=sys.argv, seed=0, device=describe("cpu"),
         config={"budget": BUDGET, "aside": list(ASIDE), "recordings": [path.name for path in replay._recordings()]},
