@@ -396,8 +396,7 @@ class Optimization:
         final = None
         if len(ranked) > 1 and not contest.is_clear(ranked[0], ranked[1]):
             final = self._head_to_head(ranked[0].name, ranked[1].name)
-            if final.verdict == "slower":
-                ranked[:2] = ranked[1::-1]
+            ranked = contest.after(final, ranked)
         names = [result.name for result in ranked if result.name in self.patches]
         self.results, self.winner = contest.confirm(
             self.results,

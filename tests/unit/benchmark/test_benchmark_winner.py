@@ -1,6 +1,6 @@
 """Which candidate is kept, and what the table says of the others."""
 
-from agnitra_lab.benchmark.winner import confirm, contenders, is_clear, judge, pass_over, ranking
+from agnitra_lab.benchmark.winner import after, confirm, contenders, is_clear, judge, pass_over, ranking
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Equivalence, Latency, Ratio
 
 EQUAL = Equivalence(
@@ -91,6 +91,12 @@ def test_what_two_measurements_cannot_decide_gets_a_third_that_is_longer() -> No
     found, winner = confirm(rows, ["a"], lambda name, times: judge(name, comparison(next(verdicts), 1.1), times))
     assert found == [winner]
     assert winner is not None and winner.compile_s == 4.0
+
+
+def test_of_two_finalists_the_one_with_the_better_median_head_to_head_goes_first() -> None:
+    rows = [judge(name, comparison("faster", 1.2), 1.0) for name in "abc"]
+    assert [row.name for row in after(comparison("no_change", 0.98), rows)] == ["b", "a", "c"]
+    assert after(comparison("no_change", 1.01), rows) == rows
 
 
 def test_a_median_that_gains_nothing_is_not_asked_again() -> None:
