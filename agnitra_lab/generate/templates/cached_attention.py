@@ -2,7 +2,7 @@
 
 As `decode_attention`, split over the cache, and the first kernel does all that stands between the projections and the
 attention: each part norms and rotates the queries again (they are tiny), the part that a new key's slot lies in writes
-it there and takes it from registers. What the slot held before is never read, so no order between parts is needed.
+it there and takes it from registers. What the slot held before never counts, so no order between parts is needed.
 With SPLIT=1 there is no second kernel. Everything is fp32 up to one rounding of the rotated value.
 
 PDL=2 launches both kernels programmatically dependent on the one before: the part's keys and values are asked into the
