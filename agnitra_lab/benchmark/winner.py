@@ -8,7 +8,7 @@ from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Laten
 
 # Two first measurements share no moment in time: what clocks drift in between is left as a margin.
 _CLEAR_LEAD = 1.1
-_UNDECIDED = 4.0
+_LONGER = 4.0
 # A median that is worth a longer look. On two CPU cores two seconds of timing gave 1.11 with an interval from 0.59 to
 # 1.28, and torch.compile, 1.11 times as fast in twelve seconds, was not kept.
 _WORTH_A_LOOK = 1.03
@@ -90,7 +90,7 @@ def confirm(
     for name in names:
         again = measure(name, 1.0)
         if is_undecided(again):
-            again = measure(name, _UNDECIDED)
+            again = measure(name, _LONGER)
         rows = [again if row.name == name else row for row in rows]
         if again.status == "kept":
             return rows, again

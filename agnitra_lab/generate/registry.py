@@ -28,7 +28,7 @@ TEMPLATES: dict[str, str] = {
 
 
 class Template(Protocol):
-    """The public names of a template module; `is_ruled(shape)` besides where `generate.kernels.is_ruled` is to ask."""
+    """The public names of a template module. It may have `is_ruled(shape)` too, for `generate.kernels.is_ruled`."""
 
     PARAMS: tuple[str, ...]
     """What a config chooses: names of block sizes and splits, then num_warps and num_stages."""

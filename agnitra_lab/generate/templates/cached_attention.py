@@ -24,6 +24,7 @@ from torch.library import custom_op
 
 from agnitra_lab.contracts.search import SearchSpace
 from agnitra_lab.generate.points import check_call, drawer, itemsize, next_power_of_two
+from agnitra_lab.generate.templates.attention_blocks import keys, seen
 from agnitra_lab.generate.templates.attention_points import (
     MAX_HEAD_SIZE,
     MAX_QUERIES,
@@ -31,7 +32,7 @@ from agnitra_lab.generate.templates.attention_points import (
     split_rule,
     split_space,
 )
-from agnitra_lab.generate.templates.cached_attention_kernels import add_parts, attend, keys, old, prefetch, seen, turn
+from agnitra_lab.generate.templates.cached_attention_kernels import add_parts, attend, old, prefetch, turn
 
 PARAMS = ("BLOCK_N", "SPLIT", "PDL", "num_warps", "num_stages")
 FORMS = ("none", "halves", "neighbours")

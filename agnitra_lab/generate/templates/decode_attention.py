@@ -19,6 +19,7 @@ from torch.library import triton_op, wrap_triton
 
 from agnitra_lab.contracts.search import SearchSpace
 from agnitra_lab.generate.points import check_call, drawer, itemsize, next_power_of_two
+from agnitra_lab.generate.templates.attention_blocks import keys, seen
 from agnitra_lab.generate.templates.attention_points import (
     MAX_HEAD_SIZE,
     MAX_QUERIES,
@@ -88,33 +89,19 @@ def _attend(
 
     start = part * keys_per_part
     end = tl.minimum(start + keys_per_part, num_keys)
+    # Scores in units of log2: exp2 is one instruction.
+    factor = tl.cast(scale * 1.4426950408889634, tl.float32)
     highest = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_R,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     for n in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
         offs_n = n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
-        mask_kv = mask_n[:, None] & mask_d[None, :]
-        k = tl.load(k_rows + offs_n.to(tl.int64)[:, None] * stride_ks + offs_d[None, :], mask=mask_kv, other=0.0)
-        v = tl.load(v_rows + offs_n.to(tl.int64)[:, None] * stride_vs + offs_d[None, :], mask=mask_kv, other=0.0)
-        # Scores in units of log2: exp2 is one instruction. "ieee": TF32 would round fp32 keys to 10 bits.
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * tl.cast(scale * 1.4426950408889634, tl.float32)
-        if MASK != 0:
-            seen = mask_r[:, None] & mask_n[None, :]
-            given = tl.load(mask_rows[:, None] + offs_n[None, :] * stride_ms, mask=seen, other=0)
-            if MASK == 1:
-                scores = tl.where(given != 0, scores, float("-inf"))
-            else:
-                scores += given.to(tl.float32) * 1.4426950408889634
-        scores = tl.where(mask_n[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        # Rows that saw no key yet subtract 0, not -inf from -inf.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        highest = higher
+        k, v, given = keys(
+            k_rows, v_rows, mask_rows, offs_n, mask_n, mask_r, stride_ks, stride_vs, stride_ms,
+            HEAD_SIZE, BLOCK_D, MASK,
+        )  # fmt: skip
+        highest, total, acc = seen(q, k, v, given, mask_n, factor, highest, total, acc, MASK)
 
     mask_out = mask_r[:, None] & mask_d[None, :]
     if SPLIT == 1:
@@ -167,7 +154,7 @@ def _combine(
     tl.store(out_row + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
-kernel = (_attend, _combine)
+kernel = (keys, seen, _attend, _combine)
 _IS_COMPILED = isinstance(_attend, triton.JITFunction)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASK_DTYPES = (torch.bool, *_DTYPES)
