@@ -41,6 +41,7 @@ def compare(
     floor_ms: float | None = None,
     precision_track: PrecisionTrack = "exact",
     reference: Reference | None = None,
+    is_brief: bool = False,
 ) -> Comparison:
     """Compare a candidate with the baseline.
 
@@ -56,6 +57,7 @@ def compare(
             believed where the baseline itself is faster.
         precision_track: "exact", or "relaxed" when low precision was asked for by name.
         reference: the baseline's answers from earlier comparisons of this workload, as in `verify`.
+        is_brief: end the timing where more of it would change no decision, as in `time_pair`.
 
     Returns:
         The comparison. A candidate that computes something else is timed in a short loop only, for the record.
@@ -66,7 +68,7 @@ def compare(
     known = reference or Reference(workload, baseline, precision_track=precision_track)
     verified = verify(workload, candidate, seeds=seeds, reference=known)
     inputs = FreshInputs(workload, seeds, draw_budget_s=DRAW_SHARE * budget_s, is_fresh=verified.agrees_by_prints)
-    timings = _time(workload, candidate, known.baseline, verified, inputs, budget_s, candidate_name)
+    timings = _time(workload, candidate, known.baseline, verified, inputs, budget_s, candidate_name, is_brief)
     least_ms = floor_ms * _FLOOR_SHARE[_device_type(workload)] if floor_ms is not None else 0.0
     if stats.latency(timings.baseline_ms).latency_ms_p50 < least_ms:
         floor_ms = None  # the ceiling was measured while others had the machine: every candidate would be too fast
@@ -159,6 +161,7 @@ def _time(
     inputs: FreshInputs,
     budget_s: float,
     candidate_name: str,
+    is_brief: bool,
 ) -> PairTimings:
     if not verified.is_runnable:
         raise PatchError(f"Candidate {candidate_name!r} does not run: {verified.equivalence.problems[-1]}.")
@@ -177,6 +180,7 @@ def _time(
             budget_s=budget_s if is_equivalent else min(budget_s, _SHORT_BUDGET_S),
             min_pairs=12 if is_equivalent else _SHORT_PAIRS,
             reset=reset,
+            is_brief=is_brief,
         )
     except Exception as error:
         raise PatchError(

@@ -26,6 +26,7 @@ _MIN_WARM_CALLS, _WARM_SHARE = 2, 0.15
 _MAX_OVERRUN, _MIN_OVERRUN_S = 3.0, 20.0
 _MAX_DEVICE_SPANS, _DEVICE_SHARE = 15, 0.15
 _SPIN_CYCLES_PER_S, _MAX_SPIN_S = 2e9, 0.05
+_PLAIN_PAIRS, _PLAIN_RATIO, _PLAIN_ERROR = 20, 1.5, 0.005
 _KERNEL_SAMPLES, _KERNEL_BUDGET_S, _MIN_KERNEL_SAMPLES = 20, 0.1, 5
 
 # Bound at import: a candidate that replaces the clock or the wait later changes nothing here.
@@ -76,6 +77,7 @@ def time_pair(
     min_pairs: int = 12,
     max_pairs: int = 200,
     reset: Callable[[Side], None] | None = None,
+    is_brief: bool = False,
 ) -> PairTimings:
     """Time two callables against each other, A/B/B/A then B/A/A/B: `time_group` of two sides.
 
@@ -85,17 +87,38 @@ def time_pair(
         make_args, device, budget_s, reset: as in `time_group`.
         min_pairs: pairs to take at least, as `min_rounds` there.
         max_pairs: pairs to take at most.
+        is_brief: end where more pairs would change no decision, as `is_plain` says.
     """
     sides: dict[str, Callable[..., Any]] = {"baseline": baseline, "candidate": candidate}
     timed = time_group(
         sides, make_args, device=device, budget_s=budget_s, min_rounds=min_pairs, max_rounds=max_pairs,
         reset=cast("Callable[[str], None] | None", reset),
+        is_enough=(lambda times: is_plain(times["baseline"], times["candidate"])) if is_brief else None,
     )  # fmt: skip
     return PairTimings(
         timed.wall_ms["baseline"], timed.wall_ms["candidate"],
         timed.device_ms.get("baseline"), timed.device_ms.get("candidate"),
         cast("list[tuple[Side, int, list[torch.Tensor]]]", timed.prints),
     )  # fmt: skip
+
+
+def is_plain(baseline_ms: Sequence[float], candidate_ms: Sequence[float]) -> bool:
+    """Say whether pairs leave no doubt about which side is faster, and know the candidate's own median well.
+
+    Eager decoding waits 30 ms for its host, the candidate takes 1 ms: two seconds would buy 60 pairs of which the first
+    dozen say the same.
+
+    Args:
+        baseline_ms, candidate_ms: times in pairs, in any unit.
+    """
+    ratios = np.asarray(baseline_ms) / np.asarray(candidate_ms)
+    if ratios.size < _PLAIN_PAIRS or not (
+        np.quantile(ratios, 0.1) > _PLAIN_RATIO or np.quantile(ratios, 0.9) < 1 / _PLAIN_RATIO
+    ):
+        return False
+    low, middle, high = np.quantile(candidate_ms, (0.25, 0.5, 0.75))
+    # Of a normal distribution: the quartiles are 1.35 deviations apart, a median's error is 1.25 times a mean's.
+    return bool(1.25 * (high - low) / 1.35 / np.sqrt(ratios.size) < _PLAIN_ERROR * middle)
 
 
 def time_group(
@@ -107,6 +130,7 @@ def time_group(
     min_rounds: int = 12,
     max_rounds: int = 200,
     reset: Callable[[str], None] | None = None,
+    is_enough: Callable[[Mapping[str, Sequence[float]]], bool] | None = None,
 ) -> GroupTimings:
     """Time callables against each other in rounds: each once a round, in an order that favours none.
 
@@ -124,6 +148,7 @@ def time_group(
         min_rounds: rounds, and so samples a side, to take at least.
         max_rounds: rounds to take at most; they come in twos.
         reset: called with the side before each call, to restore what the call before it wrote.
+        is_enough: asked after every second round, with the times of each side so far; ends the rounds early.
     """
     bench = _Bench(dict(sides), make_args, torch.device(device), reset)
     with exclusive():
@@ -144,7 +169,8 @@ def time_group(
                 elapsed_s = time.perf_counter() - started_s
                 is_overrun = time.perf_counter() - loop_started_s > max(_MAX_OVERRUN * budget_s, _MIN_OVERRUN_S)
                 needed = min_rounds // 2 if is_overrun else min_rounds
-                if 2 * (turn + 1) >= needed and elapsed_s > loop_budget_s:
+                is_done = elapsed_s > loop_budget_s or (is_enough is not None and is_enough(times))
+                if 2 * (turn + 1) >= needed and is_done:
                     break
             spans = bench.device_spans(budget_s * _DEVICE_SHARE, call_s) if is_cuda else {}
     return GroupTimings({side: np.asarray(values) for side, values in times.items()}, spans, bench.prints)

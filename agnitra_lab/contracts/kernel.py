@@ -28,6 +28,36 @@ class Site:
         return f"{self.template}/{'x'.join(map(str, self.shape))}/{self.dtype}"
 
 
+@dataclass(frozen=True)
+class TensorLayout:
+    """A tensor without its values.
+
+    Attributes:
+        shape, stride: in elements.
+        offset: of the first element in its memory, in elements.
+        dtype: such as "bfloat16".
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way in which a graph calls the kernel of a site: what Triton compiles depends on it.
+
+    Attributes:
+        site: where.
+        args, options: of `Kernel.call`; a `TensorLayout` stands for each tensor.
+    """
+
+    site: Site
+    args: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...]
+
+
 KernelSource = Callable[[str, tuple[int, ...], str], "Kernel | None"]
 """(template, shape, dtype) -> the kernel to put there, None to leave the original ops."""
 

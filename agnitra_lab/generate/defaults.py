@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from agnitra_lab.contracts.search import KernelConfig
 from agnitra_lab.errors import TemplateError
 from agnitra_lab.generate import registry
 
 
+# A decoder asks for the same few sites at each layer, by each rewrite, for each candidate.
+@lru_cache(maxsize=1024)
 def default_config(template: str, shape: tuple[int, ...], dtype: str) -> KernelConfig:
     """Choose the valid config that is nearest to the template's rule of thumb for this shape.
 

@@ -56,8 +56,9 @@ class TunedConfigs:
         self.num_unreadable = 0
         self._exact: dict[Site, KernelConfig] = {}
         self._of_bucket: dict[Site, KernelConfig] = {}
-        for site, config in self._findings():
-            self._remember(site, config)
+        self._unsearched: set[Site] = set()
+        for site, config, is_searched in self._findings():
+            self._remember(site, config, is_searched=is_searched)
 
     def get(self, site: Site) -> KernelConfig | None:
         """Return the config found for a site, or for its bucket where that is valid here; None for neither."""
@@ -68,12 +69,23 @@ class TunedConfigs:
             config if config is not None and config in registry.load(site.template).space(*_key(site)).configs else None
         )
 
-    def add(self, site: Site, config: KernelConfig, latency_ms: float) -> None:
-        """Keep a finding. A folder that cannot be written costs the next run its search, and nothing else."""
-        self._remember(site, config)
+    def is_searched(self, site: Site) -> bool:
+        """Whether `get` answers with what a search chose, and not with the rule of thumb that was merely measured."""
+        return site not in self._unsearched and self.get(site) is not None
+
+    def add(self, site: Site, config: KernelConfig, latency_ms: float, *, is_searched: bool = True) -> None:
+        """Keep a finding. A folder that cannot be written costs the next run its search, and nothing else.
+
+        Args:
+            site: where.
+            config: what was found.
+            latency_ms: what it took.
+            is_searched: False where nothing else was tried; such a finding is the site's own, and not its bucket's.
+        """
+        self._remember(site, config, is_searched=is_searched)
         row = {
             "site": site.key(), "params": config.params, "latency_us": round(latency_ms * 1e3, 4),
-            "versions": self._versions, "kernel": kernel_sha256(site.template),
+            "versions": self._versions, "kernel": kernel_sha256(site.template), "is_searched": is_searched,
         }  # fmt: skip
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,11 +93,15 @@ class TunedConfigs:
             with self.path.open("a") as file:
                 file.write(json.dumps(row, sort_keys=True) + "\n")
 
-    def _remember(self, site: Site, config: KernelConfig) -> None:
+    def _remember(self, site: Site, config: KernelConfig, *, is_searched: bool) -> None:
         self._exact[site] = config
-        self._of_bucket[_bucket_of(site)] = config
+        if is_searched:
+            self._of_bucket[_bucket_of(site)] = config
+            self._unsearched.discard(site)
+        else:
+            self._unsearched.add(site)
 
-    def _findings(self) -> Iterator[tuple[Site, KernelConfig]]:
+    def _findings(self) -> Iterator[tuple[Site, KernelConfig, bool]]:
         with contextlib.suppress(OSError):
             for line in self.path.read_text(errors="replace").splitlines():
                 try:
@@ -93,14 +109,14 @@ class TunedConfigs:
                 except (ValueError, KeyError, TypeError, AttributeError):
                     self.num_unreadable += 1
 
-    def _read(self, row: dict[str, Any]) -> Iterator[tuple[Site, KernelConfig]]:
+    def _read(self, row: dict[str, Any]) -> Iterator[tuple[Site, KernelConfig, bool]]:
         template, extents, dtype = row["site"].split("/")
         if row["versions"] != self._versions or template not in registry.TEMPLATES:
             return
         site = Site(template, tuple(int(extent) for extent in extents.split("x")), dtype)
         config = KernelConfig(template=template, params=row["params"])
         if row["kernel"] == kernel_sha256(template) and config in registry.load(template).space(*_key(site)).configs:
-            yield site, config
+            yield site, config, row.get("is_searched", True) is True
 
 
 def kernel_sha256(template: str) -> str:

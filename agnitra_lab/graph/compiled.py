@@ -111,6 +111,22 @@ def capture_compiled(
     return trace.result(f"Dynamo breaks the graph ({reason}); only the first part is known.")
 
 
+def read_compiled(graph_module: fx.GraphModule, *, is_module: bool) -> CompiledGraph:
+    """Read the graph that Dynamo has handed to a backend, before anything changes it.
+
+    Args:
+        graph_module: as the backend got it.
+        is_module: whether a module was compiled, and not a function.
+    """
+    return _read(graph_module, is_module=is_module).result(None)
+
+
+def _read(graph_module: fx.GraphModule, *, is_module: bool) -> _Trace:
+    reader = DynamoReader(graph_module, is_module=is_module)
+    nodes, frontier = reader.read()
+    return _Trace(nodes, frontier, reader.picked_outputs())
+
+
 class _Found(BaseException):
     """Dynamo has the graph; leave. No Exception, so that nothing on the way takes it for a failure and goes on."""
 
@@ -203,9 +219,8 @@ def _trace(
     trace = _Trace()
 
     def keep(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        reader = DynamoReader(graph_module, is_module=isinstance(target, nn.Module))
-        trace.nodes, trace.frontier = reader.read()
-        trace.origin_of = reader.picked_outputs()
+        found = _read(graph_module, is_module=isinstance(target, nn.Module))
+        trace.nodes, trace.frontier, trace.origin_of = found.nodes, found.frontier, found.origin_of
         if has_grad:
             known = {node.name for node in trace.nodes}
             trace.backward_problem, origins = backward_origins(graph_module, example_inputs)

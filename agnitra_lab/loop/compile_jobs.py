@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from agnitra_lab.contracts.kernel import Site
+from agnitra_lab.contracts.kernel import Launch, Site, TensorLayout
 from agnitra_lab.generate import registry
 from agnitra_lab.refine.landscape_task import Compiled, CompiledKernel, Target
 
@@ -31,17 +31,20 @@ def load() -> None:
     import triton.compiler  # noqa: F401
 
 
-def compile_config(site: Site, params: dict[str, int], target: Target) -> Compiled:
+def compile_config(site: Site, params: dict[str, int], target: Target, called: Launch | None = None) -> Compiled:
     """Compile the kernels of one config.
 
     Args:
         site: template, shape and dtype.
         params: the config.
         target: what to compile for.
+        called: how, where not as the lab does that measures it.
     """
     _prepare(target)
-    template = registry.load(site.template)
-    arguments, options = _example(site, template)
+    template: Any = registry.load(site.template)
+    # Its check that a compiled kernel's tensors lie on a GPU is right everywhere but here.
+    template.check_call = lambda *args: None
+    arguments, options = _example(site, template) if called is None else _of_launch(called)
     _launched.clear()
     _seconds.clear()
     try:
@@ -111,8 +114,6 @@ def _example(site: Site, template: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     from torch._subclasses import FakeTensorMode
 
     if site.key() not in _examples:
-        # Its check that a compiled kernel's tensors lie on a GPU is right everywhere but here.
-        template.check_call = lambda *args: None
         with FakeTensorMode():
             arguments, options = template.example(site.shape, site.dtype, "cpu")
         _examples[site.key()] = (
@@ -120,6 +121,20 @@ def _example(site: Site, template: Any) -> tuple[tuple[Any, ...], dict[str, Any]
             {name: _empty(value) for name, value in options.items()},
         )
     return _examples[site.key()]
+
+
+def _of_launch(called: Launch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(map(_laid_out, called.args)), {name: _laid_out(value) for name, value in called.options}
+
+
+def _laid_out(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_laid_out, value))
+    if not isinstance(value, TensorLayout):
+        return value
+    span = 1 + sum((extent - 1) * step for extent, step in zip(value.shape, value.stride, strict=True))
+    memory = torch.empty(value.offset + max(span, 0), dtype=getattr(torch, value.dtype))
+    return memory.as_strided(value.shape, value.stride, value.offset)
 
 
 def _empty(value: Any) -> Any:

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 
 from agnitra_lab.benchmark.worker import Outcome, Worker
-from agnitra_lab.contracts.kernel import Site
+from agnitra_lab.contracts.kernel import Launch, Site
 from agnitra_lab.errors import AgnitraError
 from agnitra_lab.refine.landscape_task import Target
 
 _JOBS = "agnitra_lab.loop.compile_jobs"
 _DEADLINE_S = 60.0
 
-_Task = tuple[Site, dict[str, int], Target, Future[Outcome]]
+_Task = tuple[Site, dict[str, int], Target, Launch | None, Future[Outcome]]
 
 
 class Compilers:
@@ -37,20 +37,23 @@ class Compilers:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, site: Site, params: dict[str, int], target: Target) -> Future[Outcome]:
+    def submit(
+        self, site: Site, params: dict[str, int], target: Target, called: Launch | None = None
+    ) -> Future[Outcome]:
         """Queue one config.
 
         Args:
             site: template, shape and dtype.
             params: the config.
             target: what to compile for.
+            called: how a graph calls it; as the lab does by default.
 
         Returns:
             Its outcome, the value a `Compiled`: what a compiler raises is such a value. Cancelled where it was not
             begun before `stop`.
         """
         future: Future[Outcome] = Future()
-        self._tasks.put((site, params, target, future))
+        self._tasks.put((site, params, target, called, future))
         return future
 
     def stop(self) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 
 import torch
 
 from agnitra_lab.benchmark.worker import Outcome, Worker
-from agnitra_lab.contracts.kernel import Site
+from agnitra_lab.contracts.kernel import Launch, Site
 from agnitra_lab.contracts.search import KernelConfig
 from agnitra_lab.device.exclusive import shared_file
 from agnitra_lab.errors import SearchError
@@ -69,6 +69,20 @@ class KernelLab:
             key = _key(site, config)
             if key not in self._ahead:
                 self._ahead[key] = self._compilers.submit(site, config.params, self._target)
+
+    def prepare_launches(self, launches: Sequence[Launch], tuned: Mapping[Site, KernelConfig]) -> None:
+        """Let the chosen kernels be compiled as a graph calls them: with the norm, residual and layouts of its nodes.
+
+        Args:
+            launches: how they are called.
+            tuned: site -> its config; others are compiled where they run.
+        """
+        if self._compilers is None or self._target is None:
+            return
+        for launch in launches:
+            config = tuned.get(launch.site)
+            if config is not None:
+                self._compilers.submit(launch.site, config.params, self._target, launch)
 
     def ahead(self, site: Site) -> Ahead:
         """Return how a search at a site has its configs compiled before their turn."""

@@ -13,7 +13,6 @@ import torch
 from agnitra_lab.benchmark import compare as comparing
 from agnitra_lab.benchmark import winner as contest
 from agnitra_lab.benchmark.reference import Reference
-from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.events import Event, EventName
 from agnitra_lab.contracts.graph import WorkloadProfile, WorkloadType
@@ -41,9 +40,9 @@ from agnitra_lab.loop.regions import explain
 from agnitra_lab.loop.rehearsal import Rehearsal
 from agnitra_lab.loop.result import Result
 from agnitra_lab.loop.settings import Settings
+from agnitra_lab.loop.site_survey import SiteSurvey, find_sites
 from agnitra_lab.patch import candidates, toolchain
 from agnitra_lab.patch.install import Patch
-from agnitra_lab.patch.survey import survey
 from agnitra_lab.profiler import capture
 from agnitra_lab.profiler.telemetry import Telemetry
 from agnitra_lab.report import assemble, page
@@ -96,7 +95,7 @@ class Optimization:
         self.refused: Collection[Site] = ()
         self.ledgers: Mapping[Site, bytes] = {}
         self.lab = KernelLab(self.device) if self.device.type == "cuda" and settings.sampler is not None else None
-        self.surveyed: list[Site] = []
+        self.surveyed = SiteSurvey()
         self.patches: dict[str, Patch] = {}
         self.results: list[CandidateResult] = []
         self.winner: CandidateResult | None = None
@@ -142,11 +141,11 @@ class Optimization:
         started = time.monotonic()
         self._tell("asking the rewrites what they find, and for advice")
         toolchain.warm_up(self.device.type)
-        findable = self._findable()
+        self.surveyed = find_sites(self.workload, self.device)
         is_measured = self.lab is not None and why_no_kernels() is None
         self.advice = self._adviser.ask(
-            self.telemetry.record, self.profile_of_workload, self.device_info, findable, self.surveyed,
-            is_measured=is_measured, peaks=lambda: measure_peaks(self.device, self._dtype()),
+            self.telemetry.record, self.profile_of_workload, self.device_info, self.surveyed.findable,
+            self.surveyed.sites, is_measured=is_measured, peaks=lambda: measure_peaks(self.device, self._dtype()),
         )  # fmt: skip
         self.proposal = self.advice.rounds.proposal
         filing.file_proposal(self.run, self.proposal)
@@ -170,13 +169,16 @@ class Optimization:
         refining = Refinement(
             self.settings, self.device_info, self.lab, self.accepted, self.advice, on_trial=self._note_trial
         )
-        self.searches, notes = refining.run(found)
+        asked = {suggestion.action for suggestion in self.accepted}
+        self.searches, notes = refining.run(found, self.surveyed.apart(asked))
         if self.advice is not None and self.advice.num_measured:
             self.proposal = self.advice.rounds.proposal
             filing.file_proposal(self.run, self.proposal)
             notes = [*filter(None, [self.advice.note]), *notes]
         self.tuned, self.refused = refining.tuned, refining.refused
         self.ledgers = refining.ledgers
+        if self.lab is not None:
+            self.lab.prepare_launches(self.surveyed.launches, self.tuned)
         filing.file_searches(self.run, self.searches, self.ledgers)
         self._checkpoint("refine", "; ".join(notes), started, "done" if notes else "skipped")
         return self.searches
@@ -215,7 +217,7 @@ class Optimization:
             chooser = Chooser(
                 candidates.Plan(actions, self.device.type, only=self.settings.only),
                 lambda candidate: self._build(candidate, kernels),
-                lambda name, patch: self._judge(name, patch, self.settings.timing_s / 2),
+                lambda name, patch: self._judge(name, patch, self.settings.timing_s / 2, is_brief=True),
                 budget_s=self.settings.budget_s,
                 limit_ms=self._limit_ms(),
                 rehearse=rehearse,
@@ -319,27 +321,11 @@ class Optimization:
         if self.on_checkpoint:
             self.on_checkpoint(point)
 
-    def _findable(self) -> frozenset[str]:
-        """Ask the rewrites themselves what they would change in the graph, and where templates would go."""
-        book = templates.KernelBook(is_survey=True)
-        tried = [name for name, action in ACTIONS.items() if action.kind != "options" and not action.is_measured]
-        found = survey(self.workload, [name for name in tried if self._is_possible(name)], book)
-        ranked = [site for site, _ in book.sites.most_common()]
-        # A replay answers for the nearest recorded shape: one site a template says all that it can.
-        if why_no_kernels() is not None:
-            ranked = list({site.template: site for site in reversed(ranked)}.values())
-        self.surveyed = ranked
-        return found.actions | {site.template for site in book.sites}
-
-    def _is_possible(self, action: str) -> bool:
-        # Where no kernel runs, templates are surveyed for the replay of their recordings all the same.
-        return self.device.type == "cuda" or not ACTIONS[action].needs_cuda or ACTIONS[action].kind == "template"
-
     def _sites(self) -> list[Site]:
         """Every place where a suggested template would go, most frequent first."""
         asked = {suggestion.action for suggestion in self.accepted}
         is_replayed = why_no_kernels() is not None
-        return [site for site in self.surveyed if is_replayed or site.template in asked]
+        return [site for site in self.surveyed.sites if is_replayed or site.template in asked]
 
     def _tell(self, what: str) -> None:
         if self.on_progress:
@@ -369,17 +355,18 @@ class Optimization:
         finally:
             rehearsal.close()
 
-    def _compare(self, name: str, patch: Patch, budget_s: float) -> Comparison:
+    def _compare(self, name: str, patch: Patch, budget_s: float, *, is_brief: bool) -> Comparison:
         self._tell(f"checking and timing {name}")
         does_less = any(change.action in _DOES_LESS_WORK for change in patch.log().descriptors)
         return comparing.compare(
             self.workload, patch.model, candidate_name=name, budget_s=budget_s, peaks=self.peaks,
-            floor_ms=None if does_less else self._floor_ms(), reference=self.reference,
+            floor_ms=None if does_less else self._floor_ms(), reference=self.reference, is_brief=is_brief,
         )  # fmt: skip
 
-    def _judge(self, name: str, patch: Patch, budget_s: float) -> CandidateResult:
+    def _judge(self, name: str, patch: Patch, budget_s: float, *, is_brief: bool = False) -> CandidateResult:
         try:
-            return contest.judge(name, self._compare(name, patch, budget_s), patch.log().compile_s)
+            compared = self._compare(name, patch, budget_s, is_brief=is_brief)
+            return contest.judge(name, compared, patch.log().compile_s)
         except AgnitraError as error:
             return CandidateResult(name=name, status="failed", reason=str(error)[:500], compile_s=patch.compile_s)
 

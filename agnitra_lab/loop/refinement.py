@@ -7,7 +7,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -71,26 +71,29 @@ class Refinement:
         self.tuned: dict[Site, KernelConfig] = {}
         self.refused: set[Site] = set()
         self.ledgers: dict[Site, bytes] = {}
+        self._once: set[Site] = set()
         self._versions = versions_of(device_info)
         self._known: TunedConfigs | None = None
         if self._is_measured:
             folder = settings.tuned_folder or default_folder()
             self._known = TunedConfigs(folder, device_info.name, self._versions)
 
-    def run(self, sites: Sequence[Site]) -> tuple[list[SearchResult], list[str]]:
+    def run(self, sites: Sequence[Site], apart: Collection[Site] = frozenset()) -> tuple[list[SearchResult], list[str]]:
         """Take or find the config of each site.
 
         Args:
             sites: most frequent first; the budget goes to them in this order.
+            apart: those that no candidate with all changes has; their rule of thumb is measured, and no more.
 
         Returns:
             The searches made, and a line a site.
         """
         results, notes = [], []
         deadline_s = clock_s() + _SEARCH_SHARE * self._settings.budget_s
+        self._once = {site for site in sites if site in apart or self._is_ruled(site)}
         unknown = [site for site in sites if self._earlier(site) is None]
         self._prepare_first(unknown)
-        self._take_advice([site for site in unknown if not self._is_ruled(site)], deadline_s)
+        self._take_advice([site for site in unknown if site not in self._once], deadline_s)
         for site in sites:
             known = self._earlier(site)
             if known is not None:
@@ -104,14 +107,16 @@ class Refinement:
                 continue
             # Later sites are not left with nothing: each may take half of what is left, and the rule of thumb is tried
             # in any case, because no kernel runs in this process that has not run in the lab.
-            num_trials = 1 if is_spent or self._is_ruled(site) else self._settings.max_trials
+            num_trials = 1 if is_spent or site in self._once else self._settings.max_trials
             result, note = self._searched(site, max(left_s / 2, _LEAST_SEARCH_S), num_trials)
             notes.append(note)
             results += [result] if result is not None else []
         return results, notes
 
     def _earlier(self, site: Site) -> KernelConfig | None:
-        return self._known.get(site) if self._known is not None and self._settings.is_warm else None
+        if self._known is None or not self._settings.is_warm:
+            return None
+        return self._known.get(site) if site in self._once or self._known.is_searched(site) else None
 
     def _prepare_first(self, sites: Sequence[Site]) -> None:
         """Have what each site's search begins with compiled beside the searches before it."""
@@ -159,7 +164,8 @@ class Refinement:
         found_at = Site(result.space_template, result.shape, result.dtype)
         self.tuned[found_at] = best.config
         if self._known is not None:
-            self._known.add(found_at, best.config, best.latency_ms)
+            is_searched = len(result.trials) > 1 or self._is_ruled(site)
+            self._known.add(found_at, best.config, best.latency_ms, is_searched=is_searched)
         return result, (
             f"{found_at.key()}: {best.latency_ms * 1000:.1f} us after {len(result.trials)} of {result.num_configs} "
             f"configs, {result.measured_on}"

@@ -39,7 +39,7 @@ def rehearse(part: Part) -> Rehearsed:
     try:
         found = compare(
             reference.workload, patch.model, candidate_name=name, budget_s=part.timing_s, peaks=part.peaks,
-            reference=reference,
+            reference=reference, is_brief=True,
         )  # fmt: skip
         log = patch.log()
         return Rehearsed(contest.judge(name, found, log.compile_s), log.num_graphs)

@@ -84,6 +84,17 @@ class Backend:
             self.guards.append(guard)
         return graph
 
+    def try_on_copy(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+        """Rewrite a copy of a graph, and leave the graph as it is.
+
+        Returns:
+            The copy.
+        """
+        self.num_graphs += 1
+        copied = _Snapshot(graph_module).graph_module_of()
+        self._rewrite(copied, example_inputs)
+        return copied
+
     def record(self, call: Callable[[], Any]) -> tuple[Any, list[GraphCall]]:
         """Run something and note every call of this backend's graphs inside it.
 
@@ -184,20 +195,35 @@ class _CompiledGraph:
 
 
 def _apply_all(actions: Sequence[str], context: RewriteContext) -> tuple[Refusal | None, list[PatchDescriptor]]:
-    """Apply rewrites in order; stop at the first that raises and say which."""
+    """Apply rewrites in order; stop at the first that raises and say which.
+
+    The code of a graph is written once, after all of them: for a decoder of 22 layers that takes as long as they do.
+    """
     descriptors: list[PatchDescriptor] = []
     graph_module = context.graph_module
     for action in actions:
         try:
             rewrite = importlib.import_module(REWRITES[action])
             made = rewrite.apply(graph_module, context.example_inputs, context)
-            graph_module.graph.lint()
-            graph_module.recompile()
+            if made:
+                graph_module.graph.lint()
         except Exception as error:
-            reason = f"the rewrite failed and was dropped: {type(error).__name__}: {first_line(error)}"
-            return Refusal(action=action, reason=reason), []
+            return _dropped(action, error), []
         descriptors.extend(made)
+    try:
+        graph_module.recompile()
+    except Exception as error:
+        if not actions:
+            raise
+        # Whichever of them it was: with the last one gone, the next try says whether it was that.
+        return _dropped(descriptors[-1].action if descriptors else actions[-1], error), []
     return None, descriptors
+
+
+def _dropped(action: str, error: Exception) -> Refusal:
+    return Refusal(
+        action=action, reason=f"the rewrite failed and was dropped: {type(error).__name__}: {first_line(error)}"
+    )
 
 
 class _Snapshot:

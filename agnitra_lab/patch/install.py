@@ -290,15 +290,16 @@ def _failure(how: Mapping[str, Any]) -> Exception | None:
     return getattr(how.get("backend"), "failure", None)
 
 
-def fresh_entry(model: Callable[..., Any]) -> Callable[..., Any]:
+def fresh_entry(target: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function with a code object of its own that calls the model.
 
     Dynamo keeps compiled code per code object. A candidate that compiled the model's own `forward` would share that
-    cache (and its recompile limit) with the other candidates and with the user's own torch.compile of the model.
+    cache (and its recompile limit) with the other candidates and with the user's own torch.compile of the model. Its
+    names, and so those of the graph's inputs, are those of `graph.compiled`'s entry.
     """
 
     def entry(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
+        return target(*args, **kwargs)
 
     name = f"agnitra_entry_{next(_numbers)}"
     # Dynamo also stores what it compiles among the function's globals: those of its own die with it.

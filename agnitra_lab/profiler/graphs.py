@@ -6,7 +6,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import fx, nn
 from agnitra_lab.contracts import ComputationGraph, GraphHandoff, GraphNode
 from agnitra_lab.errors import CaptureError
 from agnitra_lab.graph.capture import capture, original_module
-from agnitra_lab.graph.compiled import capture_compiled
+from agnitra_lab.graph.compiled import CompiledGraph, capture_compiled
 from agnitra_lab.graph.nodes import read_nodes
 from agnitra_lab.graph.semantics import Phase, analyse
 from agnitra_lab.profiler.markers import RootCall, signature_of
@@ -100,28 +100,43 @@ def capture_roots(
     return found
 
 
+def remember(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], graph: CompiledGraph) -> None:
+    """Keep the graph that Dynamo made of a module, so that a profile of its compiled calls need not trace it again.
+
+    Args:
+        module: the original.
+        args, kwargs: what it was traced on.
+        graph: what `capture_compiled` would find.
+    """
+    key = (_state(module), signature_of(args, dict(kwargs)), True, False)
+    _keep(_known.setdefault(module, {}), key, _of_compiled(graph))
+
+
+def _keep(known: dict[Hashable, _Traced], key: Hashable, entry: _Traced) -> None:
+    if len(known) >= _MAX_KNOWN:
+        known.pop(next(iter(known)))
+    known[key] = entry
+
+
+def _of_compiled(graph: CompiledGraph) -> _Traced:
+    return _Traced(graph.handoff, graph.origin_of, graph.note, analyse(graph.handoff).phase)
+
+
 def _traced(call: RootCall, *, is_compiled: bool, has_backward: bool) -> _Traced:
     module = original_module(call.module)
     key = (_state(module), signature_of(call.args, call.kwargs), is_compiled, is_compiled and has_backward)
     known = _known.setdefault(module, {}) if isinstance(module, nn.Module) else {}
     if key not in known:
-        if len(known) >= _MAX_KNOWN:
-            known.pop(next(iter(known)))
-        known[key] = _trace(call, is_compiled=is_compiled, has_backward=has_backward)
+        _keep(known, key, _trace(call, is_compiled=is_compiled, has_backward=has_backward))
     return known[key]
 
 
 def _trace(call: RootCall, *, is_compiled: bool, has_backward: bool) -> _Traced:
     if is_compiled:
-        found = capture_compiled(call.module, call.args, call.kwargs, has_grad=has_backward)
-        entry = _Traced(found.handoff, found.origin_of, found.note)
-    else:
-        own = _own_graph(call.module)
-        handoff = (
-            own if own is not None else _named_as_traced(call.module, capture(call.module, call.args, call.kwargs))
-        )
-        entry = _Traced(handoff)
-    return replace(entry, phase=analyse(entry.handoff).phase)
+        return _of_compiled(capture_compiled(call.module, call.args, call.kwargs, has_grad=has_backward))
+    own = _own_graph(call.module)
+    handoff = own if own is not None else _named_as_traced(call.module, capture(call.module, call.args, call.kwargs))
+    return _Traced(handoff, phase=analyse(handoff).phase)
 
 
 def _own_graph(module: Any) -> GraphHandoff | None:

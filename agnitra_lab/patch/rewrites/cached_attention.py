@@ -267,6 +267,7 @@ def _writing(call: Callable[..., Any]) -> Callable[..., Any]:
     def cached_attention_(*tensors: Any, **options: Any) -> Any:
         return call(*tensors, **options)
 
+    cached_attention_.__wrapped__ = call  # type: ignore[attr-defined]
     cached_attention_._schema = _MutableSchema()  # type: ignore[attr-defined]
     return cached_attention_
 

@@ -16,7 +16,7 @@ import torch
 
 from agnitra_lab.benchmark import timing
 from agnitra_lab.benchmark.outputs import fingerprint, fingerprints_match
-from agnitra_lab.benchmark.timing import measure_kernel, time_group, time_pair
+from agnitra_lab.benchmark.timing import is_plain, measure_kernel, time_group, time_pair
 from agnitra_lab.contracts.workload import Inputs
 from agnitra_lab.device.exclusive import DeviceTurn, take_turns
 
@@ -211,3 +211,24 @@ def test_a_fingerprint_differs_from_that_of_zeros_and_of_a_flipped_output(name: 
 def test_a_fingerprint_forgives_reordered_sums() -> None:
     output = OUTPUTS["float32"]
     assert fingerprints_match(fingerprint(output * (1 + 1e-6)), fingerprint(output), [1e-4])
+
+
+def test_a_brief_timing_ends_once_more_pairs_would_change_nothing():
+    slow, fast = (lambda x: time.sleep(0.004)), (lambda x: time.sleep(0.001))
+    found = time_pair(slow, fast, _inputs, device="cpu", budget_s=60.0, is_brief=True)
+    assert 20 <= len(found.baseline_ms) < 200
+
+
+@pytest.mark.parametrize(
+    ("baseline", "candidate", "expected"),
+    [
+        ([30.0] * 20, [1.0] * 20, True),
+        ([1.0] * 20, [30.0] * 20, True),
+        ([30.0] * 19, [1.0] * 19, False),
+        ([1.2] * 40, [1.0] * 40, False),
+        ([30.0] * 20, [1.0, 1.4] * 10, False),
+    ],
+    ids=["plainly faster", "plainly slower", "too few", "close", "its own time is not known"],
+)
+def test_pairs_are_enough_when_the_faster_side_and_the_candidates_own_time_are_plain(baseline, candidate, expected):
+    assert is_plain(baseline, candidate) is expected

@@ -46,6 +46,24 @@ def test_the_last_finding_of_a_site_counts(folder):
     assert TunedConfigs(folder, "NVIDIA H200", VERSIONS).get(SITE) == other
 
 
+def test_a_rule_of_thumb_that_was_merely_measured_is_its_sites_own_and_not_searched(folder):
+    merely = Site("rms_norm", (8, 2048), "bfloat16")
+    config = space_of(merely).configs[0]
+    TunedConfigs(folder, "NVIDIA H200", VERSIONS).add(merely, config, 0.004, is_searched=False)
+    found = TunedConfigs(folder, "NVIDIA H200", VERSIONS)
+    assert found.is_searched(SITE)
+    assert found.get(merely) == config
+    assert not found.is_searched(merely)
+    assert found.get(Site("rms_norm", (7, 2048), "bfloat16")) is None
+
+
+def test_a_search_replaces_what_was_merely_measured(folder):
+    found = TunedConfigs(folder, "NVIDIA H200", VERSIONS)
+    found.add(SITE, CONFIG, 0.02, is_searched=False)
+    found.add(SITE, CONFIG, 0.02)
+    assert TunedConfigs(folder, "NVIDIA H200", VERSIONS).is_searched(SITE)
+
+
 def test_damaged_lines_and_unknown_configs_are_skipped_and_stay_in_the_file(folder):
     found = TunedConfigs(folder, "NVIDIA H200", VERSIONS)
     whole = found.path.read_text()

@@ -23,6 +23,7 @@ from agnitra_lab.suggest.rounds import Rounds
 H200 = DeviceInfo(type="cuda", name="NVIDIA H200", torch_version="2.11.0", triton_version="3.6.0")
 PROFILE = WorkloadProfile(workload_type=WorkloadType.UNKNOWN, patterns=(), confidence=0.5)
 RECORD = TelemetryRecord(bottleneck=None, events=(), gpu=GpuTelemetry(), behavior=Behavior(), wall_ms=10.0)
+NORM_KEY = (4096, 2048), "bfloat16"
 NORM, GATE = Site("rms_norm", (4096, 2048), "bfloat16"), Site("swiglu", (4096, 5632), "bfloat16")
 
 
@@ -119,3 +120,21 @@ def test_without_budget_the_first_preset_is_tried_where_the_suggest_stage_ranked
     first = ranked(site.space, H200)[0]
     assert {config.key() for _, config in lab.measured} == {first.key()}
     assert stage.tuned == {NORM: first}
+
+
+def test_a_site_that_only_candidates_with_fewer_changes_have_is_measured_once(tmp_path):
+    lab = Lab()
+    stage = Refinement(Settings(tuned_folder=tmp_path, max_trials=6, budget_s=60.0), H200, lab, ())
+    stage.run([GATE, NORM], apart={NORM})
+    assert [config for site, config in lab.measured if site == NORM] == [default_config("rms_norm", *NORM_KEY)]
+    assert stage.tuned[NORM] == default_config("rms_norm", *NORM_KEY)
+    assert len(lab.measured) > 2
+
+
+def test_a_rule_of_thumb_that_was_merely_measured_is_searched_where_it_stands(tmp_path):
+    first = Refinement(Settings(tuned_folder=tmp_path, max_trials=6, budget_s=60.0), H200, Lab(), ())
+    first.run([NORM], apart={NORM})
+    again = Lab()
+    _, _, notes = refine(tmp_path, again, NORM)
+    assert len(again.measured) > 1
+    assert "found by an earlier run" not in notes[0]
