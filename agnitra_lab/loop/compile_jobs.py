@@ -14,9 +14,11 @@ import torch
 
 from agnitra_lab.contracts.kernel import Launch, Site, TensorLayout
 from agnitra_lab.generate import registry
+from agnitra_lab.generate.defaults import default_config
 from agnitra_lab.refine.landscape_task import Compiled, CompiledKernel, Target
 
 _MESSAGE_LENGTH = 300
+_FIRST, _ANY_TARGET = Site("rms_norm", (1, 16), "float32"), ("cuda", 80, 32)
 
 
 _examples: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -26,9 +28,14 @@ _target: Target | None = None
 
 
 def load() -> None:
-    """Load Triton and all that a first config would wait for."""
+    """Do what a first config would wait for, some 4 s: load every template, and start Triton's compiler."""
     import triton.backends.compiler
     import triton.compiler  # noqa: F401
+
+    for name in registry.TEMPLATES:
+        registry.load(name)
+    # What to compile for is not known yet; the compiler starts for any.
+    compile_config(_FIRST, default_config(_FIRST.template, _FIRST.shape, _FIRST.dtype).params, _ANY_TARGET)
 
 
 def compile_config(site: Site, params: dict[str, int], target: Target, called: Launch | None = None) -> Compiled:

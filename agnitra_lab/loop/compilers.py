@@ -5,6 +5,7 @@ A config costs 0.1 to 2 s to compile, most of what a measurement of it takes, an
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Mapping
@@ -31,8 +32,7 @@ class Compilers:
 
     def __init__(self, num_processes: int, env: Mapping[str, str]) -> None:
         self._env = {**env, "CUDA_VISIBLE_DEVICES": ""}
-        self._tasks: queue.SimpleQueue[_Task] = queue.SimpleQueue()
-        self._is_stopped = threading.Event()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(num_processes)]
         for thread in self._threads:
             thread.start()
@@ -58,9 +58,13 @@ class Compilers:
 
     def stop(self) -> None:
         """Begin nothing more; each process ends with what it is at."""
-        self._is_stopped.set()
-        while (task := self._next(0.0)) is not None:
-            task[-1].cancel()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                task = self._tasks.get_nowait()
+                if task is not None:
+                    task[-1].cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
 
     def join(self) -> None:
         """Wait, after `stop`, until the processes have ended."""
@@ -71,16 +75,9 @@ class Compilers:
         with Worker(env=self._env) as worker:
             # Loading torch and Triton takes seconds: before the first config is asked for, not after.
             self._run(worker, "load", ())
-            while not self._is_stopped.is_set():
-                task = self._next(0.1)
-                if task is not None and task[-1].set_running_or_notify_cancel():
+            while (task := self._tasks.get()) is not None:
+                if task[-1].set_running_or_notify_cancel():
                     task[-1].set_result(self._run(worker, "compile_config", task[:-1]))
-
-    def _next(self, wait_s: float) -> _Task | None:
-        try:
-            return self._tasks.get(timeout=wait_s) if wait_s else self._tasks.get_nowait()
-        except queue.Empty:
-            return None
 
     def _run(self, worker: Worker, job: str, args: tuple[object, ...]) -> Outcome:
         try:

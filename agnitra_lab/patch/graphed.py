@@ -1,4 +1,4 @@
-"""One CUDA graph around a whole call: inputs copied in, one replay, outputs cloned out.
+"""One CUDA graph around a whole call: inputs copied in, one replay, outputs cloned out, or made anew by a last product.
 
 Inductor's own CUDA graphs keep Dynamo's guards and its wrapper in front of every replay, about 1 ms a call for the 249
 weights and caches of a 1.1B decoder on an H200 (torch 2.11), nearly as long as the replay itself. Here the drop-in's
@@ -7,7 +7,8 @@ own checks are all that stands before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ class GraphedCall:
         self._static = [static[index] for index in self._positions]
         kept = list(map(torch.clone, self._static))
         try:
-            self._graph, self._outputs = _captured(lambda: call(static))
+            self._capture(call, static, liveness, strides, has_tail=True)
+            if self._graph.tail is not None and not (self._returns_tail and _agree(self(leaves), call(static))):
+                self._capture(call, static, liveness, strides, has_tail=False)
             self._graph.replay()
             torch.cuda.synchronize()
         except RuntimeError as error:
@@ -57,14 +60,19 @@ class GraphedCall:
             raise PatchError(f"the call cannot be captured: {first_line}") from error
         if not all(map(_same_values, kept, self._static)):
             raise PatchError("the call writes to its inputs, which a replay would do to copies of them")
-        self._leaves, self._structure = _pytree.tree_flatten(self._outputs)
-        self._is_single = len(self._leaves) == 1 and self._outputs is self._leaves[0]
+
+    def _capture(
+        self, call: Callable[[Sequence[Any]], Any], static: Sequence[Any], liveness: Liveness,
+        strides: OutputStrides | None, *, has_tail: bool,
+    ) -> None:  # fmt: skip
+        self._graph, outputs = _captured(lambda: call(static), has_tail=has_tail)
+        leaves, self._structure = _pytree.tree_flatten(outputs)
+        self._is_single = len(leaves) == 1 and outputs is leaves[0]
         owned = {tensor.untyped_storage().data_ptr() for tensor in liveness.tensors}
-        self._is_cloned = [
-            isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in owned for leaf in self._leaves
-        ]
-        num_leaves = len(self._leaves)
-        self._strides = strides.of(num_leaves) if strides is not None else [None] * num_leaves
+        wanted = strides.of(len(leaves)) if strides is not None else [None] * len(leaves)
+        storage = self._graph.tail.storage if self._graph.tail is not None else None
+        self._results = [_result_of(leaf, layout, owned, storage) for leaf, layout in zip(leaves, wanted, strict=True)]
+        self._returns_tail = any(isinstance(result, _OfTail) for result in self._results)
 
     def __call__(self, given: Sequence[Any]) -> Any:
         """Replay the call on new input leaves."""
@@ -74,20 +82,68 @@ class GraphedCall:
             for static, index in zip(self._static, self._positions, strict=True):
                 static.copy_(given[index])
         self._graph.replay()
-        copies = [
-            copied(leaf, strides) if is_cloned else leaf
-            for leaf, is_cloned, strides in zip(self._leaves, self._is_cloned, self._strides, strict=True)
-        ]
-        return copies[0] if self._is_single else _pytree.tree_unflatten(copies, self._structure)
+        made = self._graph.tail() if self._graph.tail is not None else None
+        leaves = [result(made) for result in self._results]
+        return leaves[0] if self._is_single else _pytree.tree_unflatten(leaves, self._structure)
 
 
-def _captured(call: Callable[[], Any]) -> tuple[Segments, Any]:
+@dataclass(frozen=True)
+class _AsItIs:
+    """A plain value, or a tensor of the model's own."""
+
+    leaf: Any
+
+    def __call__(self, made: Tensor | None) -> Any:
+        return self.leaf
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """A tensor in the graph's memory, which the next replay overwrites."""
+
+    leaf: Tensor
+    strides: tuple[int, ...] | None
+
+    def __call__(self, made: Tensor | None) -> Any:
+        return copied(self.leaf, self.strides)
+
+
+@dataclass(frozen=True)
+class _OfTail:
+    """A view of what the tail has computed, new memory each time."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def __call__(self, made: Tensor | None) -> Any:
+        assert made is not None
+        return made.as_strided(self.shape, self.stride, self.offset)
+
+
+def _result_of(
+    leaf: Any, strides: tuple[int, ...] | None, owned: Collection[int], tail: int | None
+) -> _AsItIs | _Copied | _OfTail:
+    storage = leaf.untyped_storage().data_ptr() if isinstance(leaf, Tensor) else None
+    if storage is None or storage in owned:
+        return _AsItIs(leaf)
+    if storage == tail and strides is None:
+        return _OfTail(leaf.shape, leaf.stride(), leaf.storage_offset())
+    return _Copied(leaf, strides)
+
+
+def _captured(call: Callable[[], Any], *, has_tail: bool) -> tuple[Segments, Any]:
     try:
-        return capture(call, num_warm_calls=_NUM_WARM_CALLS, should_cut=True)
+        return capture(call, num_warm_calls=_NUM_WARM_CALLS, should_cut=True, has_tail=has_tail)
     except RuntimeError:
         # Cutting asks more of a call than capturing does: its ops must go through the dispatcher undisturbed.
         torch.cuda.synchronize()
         return capture(call, num_warm_calls=_NUM_WARM_CALLS)
+
+
+def _agree(left: Any, right: Any) -> bool:
+    pairs = zip(_pytree.tree_leaves(left), _pytree.tree_leaves(right), strict=True)
+    return all(_same_values(one, other) for one, other in pairs if isinstance(one, Tensor))
 
 
 def _refuse_uncapturable(leaves: Sequence[Any]) -> None:

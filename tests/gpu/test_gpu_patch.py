@@ -10,7 +10,9 @@ from torch.nn import functional
 from agnitra_lab.contracts import Workload
 from agnitra_lab.loop.rehearsal import Rehearsal
 from agnitra_lab.patch.candidates import Candidate
+from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.install import compile_mode, install
+from agnitra_lab.patch.liveness import Liveness
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 WIDTH, INNER, HEADS = 256, 512, 4
@@ -117,6 +119,47 @@ def test_outputs_of_a_cuda_graph_outlive_the_next_call(tower):
             outputs = [patch.model(x * scale) for scale in (1, 2, 3, 4)]
             for scale, output in zip((1, 2, 3, 4), outputs, strict=True):
                 check_close(output, tower(x * scale))
+
+
+class Logits(nn.Module):
+    """A product of 40 MB at the end, and what `kind` says after it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 40_000, bias=kind == "bias")
+        self.table = nn.Embedding(40_000, 8)
+
+    def forward(self, x):
+        hidden = self.norm(x)
+        logits = self.head(hidden)
+        if self.kind == "capped":
+            return 30 * torch.tanh(logits / 30)
+        if self.kind == "index":
+            return logits, self.table(logits.argmax(-1))
+        if self.kind == "hidden":
+            return hidden, logits
+        return logits[:, -64:].transpose(0, 1) if self.kind == "view" else logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_left_out"),
+    [("plain", True), ("bias", True), ("view", True), ("hidden", True), ("capped", False), ("index", False)],
+)
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_a_large_product_at_the_end_of_a_cuda_graph_writes_to_new_memory(kind, is_left_out, is_compiled):
+    torch.manual_seed(0)
+    model = Logits(kind).to("cuda", torch.bfloat16).eval()
+    inputs = [torch.randn(4, 128, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    call = torch.compile(model, dynamic=False) if is_compiled else model
+    with torch.no_grad():
+        graphed = GraphedCall(lambda leaves: call(*leaves), [inputs[0]], Liveness(model))
+        kept = [graphed([x]) for x in inputs]
+        for found, x in zip(kept, inputs, strict=True):
+            torch.testing.assert_close(found, call(x), rtol=0, atol=0)
+        model.head.weight.mul_(2)
+        torch.testing.assert_close(graphed([inputs[1]]), call(inputs[1]), rtol=0, atol=0)
+    assert (graphed._graph.tail is not None) == is_left_out
 
 
 def test_a_merged_weight_is_read_in_place_by_a_cuda_graph_and_follows_updates(tower):
