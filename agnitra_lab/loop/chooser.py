@@ -144,13 +144,19 @@ class Chooser:
 
     def _why_not(self, candidate: Candidate) -> str | None:
         spent_s = clock_s() - self._began_s
-        if candidate.mode == "eager" or (candidate.mode == "default" and self._best_compiled() is None):
+        best_ms = self._best_ms()
+        if candidate.mode == "eager":
+            kernels_ms = self._eager_kernels_ms()
+            if best_ms is not None and kernels_ms is not None and best_ms < kernels_ms:
+                return f"eager's kernels take {kernels_ms:.3g} ms however they are launched, {self.best} {best_ms:.3g}"
+            return None
+        if candidate.mode == "default" and self._best_compiled() is None:
             # Whatever the budget: the answer must not be slower than plain torch.compile for want of a look at it.
             return None
         expected_s = (self._compile_s or 0.0) * (_MAX_AUTOTUNE_COST if candidate.mode == "max-autotune" else 1.0)
         if spent_s + expected_s > self._budget_s:
             return f"{spent_s:.0f} s of {self._budget_s:.0f} s are spent, and it may need {expected_s:.0f} s"
-        best_ms, near = self._best_ms(), _NEAR_THE_LIMIT[candidate.mode]
+        near = _NEAR_THE_LIMIT[candidate.mode]
         if best_ms is not None and self._limit_ms and best_ms <= near * self._limit_ms:
             return (
                 f"{self.best} takes {best_ms:.3g} ms, within {near - 1:.0%} of the device's limit of "
@@ -162,6 +168,12 @@ class Chooser:
         ranked = contest.contenders(self.results)
         comparison = ranked[0].comparison if ranked else None
         return comparison.candidate_latency.latency_ms_p50 if comparison else None
+
+    def _eager_kernels_ms(self) -> float | None:
+        """Return what eager's kernels take on the device one after the other, None where that was not measured."""
+        compared = (result.comparison for result in self.results)
+        found = [each.baseline_latency.device_ms_p50 for each in compared if each is not None]
+        return next((ms for ms in reversed(found) if ms is not None), None)
 
     def _best_changed(self) -> Candidate | None:
         """Return the fastest with changes of ours; where none is eligible, the one with all: one may spoil it."""

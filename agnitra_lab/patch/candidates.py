@@ -61,9 +61,9 @@ class Plan:
 
         torch.compile's own graph runs past its guards here (`patch/paths.py`), so it is never slower than the mode.
         """
-        rows = [Candidate("cuda_graph", "eager", ("cuda_graph",))] if self._is_cuda else []
-        if self._changes:
-            rows.append(Candidate("agnitra", "default", (*self._changes, *self._base)))
+        rows = [Candidate("agnitra", "default", (*self._changes, *self._base))] if self._changes else []
+        if self._is_cuda:
+            rows.append(Candidate("cuda_graph", "eager", ("cuda_graph",)))
         rows.append(Candidate("torch.compile", "default", self._base))
         if "freezing" in self._possible:
             # Apart, because constants let the matrix library reorder sums, which the exact track may refuse.

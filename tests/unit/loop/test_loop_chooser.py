@@ -31,18 +31,20 @@ class Built:
         self.is_discarded = True
 
 
-def result_of(name, latency_ms, verdict="faster"):
+def result_of(name, latency_ms, verdict="faster", eager_kernels_ms=None):
     ratio = Ratio(median=10 / latency_ms, low=10 / latency_ms, high=10 / latency_ms)
     equivalence = Equivalence(
         is_equivalent=True, match_share=1.0, required_share=0.999, rtol=1e-4, num_seeds=3, num_elements=1,
         max_abs_error=0.0, error_vs_fp64=None, baseline_error_vs_fp64=None, error_ratio=None,
     )  # fmt: skip
 
-    def latency(value):
-        return Latency(latency_ms_p50=value, latency_ms_p20=value, latency_ms_p80=value, num_samples=9)
+    def latency(value, device_ms=None):
+        return Latency(
+            latency_ms_p50=value, latency_ms_p20=value, latency_ms_p80=value, num_samples=9, device_ms_p50=device_ms
+        )
 
     comparison = Comparison(
-        workload="w", baseline="eager", candidate=name, baseline_latency=latency(10.0),
+        workload="w", baseline="eager", candidate=name, baseline_latency=latency(10.0, eager_kernels_ms),
         candidate_latency=latency(latency_ms), speedup=ratio, noise=Ratio(median=1, low=1, high=1),
         baseline_items_per_second=1, candidate_items_per_second=1, item_unit="calls", equivalence=equivalence,
         verdict=verdict,
@@ -52,8 +54,9 @@ def result_of(name, latency_ms, verdict="faster"):
 
 
 def run(
-    times_ms, *, budget_s=60.0, limit_ms=None, device="cuda", fails=(), num_graphs=1, found=ACTIONS, verdict="faster"
-):
+    times_ms, *, budget_s=60.0, limit_ms=None, device="cuda", fails=(), num_graphs=1, found=ACTIONS, verdict="faster",
+    eager_kernels_ms=None,
+):  # fmt: skip
     built = {}
 
     def build(candidate):
@@ -64,7 +67,7 @@ def run(
 
     def screen(name, patch):
         time_ms = times_ms.get(name, 9.0)
-        return result_of(name, time_ms, verdict if time_ms < 10 else "slower")
+        return result_of(name, time_ms, verdict if time_ms < 10 else "slower", eager_kernels_ms)
 
     chooser = Chooser(Plan(ACTIONS, device), build, screen, budget_s=budget_s, limit_ms=limit_ms)
     chooser.run()
@@ -78,7 +81,7 @@ def tried(chooser):
 def test_the_cheap_comes_first_then_all_less_each_change_then_max_autotune():
     chooser, _ = run({"agnitra": 4.0})
     assert tried(chooser) == [
-        "cuda_graph", "agnitra", "torch.compile", "agnitra-qkv_concat", "agnitra-rms_norm", "agnitra:max-autotune",
+        "agnitra", "cuda_graph", "torch.compile", "agnitra-qkv_concat", "agnitra-rms_norm", "agnitra:max-autotune",
     ]  # fmt: skip
     assert chooser.best == "agnitra"
 
@@ -106,9 +109,15 @@ def test_a_change_that_found_nothing_is_not_left_out():
     assert "agnitra-rms_norm" not in [result.name for result in chooser.results]
 
 
+@pytest.mark.parametrize(("eager_kernels_ms", "is_tried"), [(5.0, False), (3.0, True), (None, True)])
+def test_eagers_own_cuda_graph_is_tried_unless_its_kernels_alone_take_longer(eager_kernels_ms, is_tried):
+    chooser, _ = run({"agnitra": 4.0}, eager_kernels_ms=eager_kernels_ms)
+    assert ("cuda_graph" in tried(chooser)) == is_tried
+
+
 def test_near_the_physical_limit_nothing_more_is_compiled():
     chooser, _ = run({"agnitra": 4.0}, limit_ms=3.9)
-    assert tried(chooser) == ["cuda_graph", "agnitra"]
+    assert tried(chooser) == ["agnitra", "cuda_graph"]
     assert "within 3% of the device's limit" in chooser.results[2].reason
 
 
@@ -120,7 +129,7 @@ def test_a_tenth_above_the_limit_what_costs_little_is_tried_and_the_long_tuning_
 
 def test_without_budget_plain_torch_compile_is_still_looked_at_where_ours_fails():
     chooser, _ = run({}, budget_s=1e-9, fails=("agnitra",))
-    assert tried(chooser) == ["cuda_graph", "agnitra", "torch.compile"]
+    assert tried(chooser) == ["agnitra", "cuda_graph", "torch.compile"]
     assert chooser.best is not None
 
 
@@ -155,7 +164,7 @@ def test_on_a_cpu_there_are_no_cuda_graphs():
 
 def test_after_a_rehearsal_only_what_would_lead_is_built_here():
     built = []
-    times_ms = {"cuda_graph": 8.0, "agnitra": 4.0, "torch.compile": 6.0}
+    times_ms = {"agnitra": 8.0, "cuda_graph": 4.0, "torch.compile": 6.0}
 
     def build(candidate):
         built.append(candidate.name)
@@ -171,11 +180,11 @@ def test_after_a_rehearsal_only_what_would_lead_is_built_here():
         rehearse=rehearse,
     )  # fmt: skip
     chooser.run()
-    assert built == ["cuda_graph", "agnitra"]
-    assert chooser.best == "agnitra"
+    assert built == ["agnitra", "cuda_graph"]
+    assert chooser.best == "cuda_graph"
     rows = {result.name: result for result in chooser.results}
     assert rows["torch.compile"].status == "rejected"
-    assert "agnitra leads" in rows["torch.compile"].reason
+    assert "cuda_graph leads" in rows["torch.compile"].reason
     assert rows["agnitra:max-autotune"].reason == "crash in a process"
 
 
