@@ -2,10 +2,10 @@
 
     python tests/benchmarks/early_end.py [--quick] [--json] [--seeds 20] [--artifacts DIR]
 
-A measurement is 20 of a config's recorded samples, drawn anew each time, as the lab takes them; with the bound, sampling
-ends as soon as the config is slower than the best one so far beyond doubt. The siblings are the other recordings of the
-template. What a config takes is the mean of the middle half of all its samples. The last line is a JSON object of
-figures.
+A measurement is 20 of a config's recorded samples, drawn anew each time, as many as the lab takes; with the bound,
+sampling ends as soon as the config is slower than the best one so far beyond doubt. The siblings are the other
+recordings of the template. What a config takes is the mean of the middle half of all its samples. The last line is a
+JSON object of figures.
 """
 
 from __future__ import annotations
