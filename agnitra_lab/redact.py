@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,13 @@ _SECRET_TEXT = re.compile(
     | (?i:bearer)\s+[A-Za-z0-9._~+/=-]{8,}
     """
 )
+# One of these stands at the start of whatever `_SECRET_TEXT` matches; so does "bearer", in any case.
+_SECRET_STARTS = (
+    "sk-", "pk-", "rk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "hf_", "AKIA", "eyJ",
+)  # fmt: skip
 _SECRET_FLAG = re.compile(r"(?i)(--?[\w-]*(?:api-?key|token|secret|password)[=\s]+)([^\s\"'<>&\\,]+)")
 _URL_USERINFO = re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://)[^/\s@]+@")
+_AFTER_SCHEME = re.compile(r"://[^/\s@]+@")
 # Names whose values count tokens of text, not credentials.
 _TOKEN_COUNTS = re.compile(r"(?i)(num|input|output|total|max|prompt|completion|cached?)_?tokens?$|^tokens?$")
 
@@ -37,6 +43,12 @@ def redact_text(text: str) -> str:
     return _redacted_text(text, _environment_secrets(), str(Path.home()))
 
 
+def redact_texts(texts: Iterable[str]) -> list[str]:
+    """Redact texts that have nothing to do with each other, as `redact_text` does each."""
+    secrets, home = _environment_secrets(), str(Path.home())
+    return [_redacted_text(text, secrets, home) for text in texts]
+
+
 def redact(value: Any) -> Any:
     """Redact a JSON-like value: mappings by key name as well as by text; other leaves pass unchanged."""
     # Read once: a record has a thousand strings, and the environment took four fifths of the time.
@@ -47,11 +59,22 @@ def _redacted_text(text: str, secrets: list[str], home: str) -> str:
     for value in secrets:
         text = text.replace(value, REDACTED)
     text = _SECRET_FLAG.sub(rf"\1{REDACTED}", text)
-    text = _SECRET_TEXT.sub(REDACTED, text)
-    text = _URL_USERINFO.sub(rf"\1{REDACTED}@", text)
+    # Both patterns look at every character: 1.3 s for a report with Plotly in it, where these look-ups take 0.05 s.
+    if "bearer" in text.lower() or any(_SECRET_TEXT.match(text, at) for at in _places(text, *_SECRET_STARTS)):
+        text = _SECRET_TEXT.sub(REDACTED, text)
+    if any(_AFTER_SCHEME.match(text, at) for at in _places(text, "://")):
+        text = _URL_USERINFO.sub(rf"\1{REDACTED}@", text)
     if len(home) > 1 and home in text:
         text = re.sub(rf"(?<![\w/.-]){re.escape(home)}(?=/|$|\W)", "~", text)
     return text
+
+
+def _places(text: str, *marks: str) -> Iterator[int]:
+    for mark in marks:
+        at = text.find(mark)
+        while at >= 0:
+            yield at
+            at = text.find(mark, at + 1)
 
 
 def _redacted(value: Any, secrets: list[str], home: str) -> Any:

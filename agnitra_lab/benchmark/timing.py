@@ -191,15 +191,31 @@ def _order(names: Sequence[str], index: int) -> list[str]:
 
 
 def measure_kernel(call: Callable[[], Any], *, device: torch.device | str) -> float:
-    """Measure one kernel call: the median of at least 20 cold-cache samples, or of what 100 ms allow (at least 5).
+    """Measure one kernel call: the median in ms of `sample_kernel`.
+
+    Args:
+        call, device: as there.
+    """
+    return float(np.median(sample_kernel(call, device=device)[0]))
+
+
+def sample_kernel(
+    call: Callable[[], Any],
+    *,
+    device: torch.device | str,
+    is_hopeless: Callable[[Sequence[float]], bool] | None = None,
+) -> tuple[tuple[float, ...], bool]:
+    """Take 20 cold-cache samples of one kernel call, or what 100 ms allow (at least 5).
 
     Args:
         call: launches the work; the first call may compile.
         device: where it runs.
+        is_hopeless: handed the samples so far after each but the last; True ends the sampling.
 
     Returns:
-        Device time in ms on CUDA, of a CUDA graph's replay: a short kernel's own launch takes longer than the kernel.
-        Host time in ms on a CPU.
+        The samples in ms, in the order in which they were taken, and whether `is_hopeless` ended them early. Device
+        time on CUDA, of a CUDA graph's replay: a short kernel's own launch takes longer than the kernel. Host time on
+        a CPU.
     """
     chosen = torch.device(device)
     with exclusive(), torch.no_grad(), _collector_off():
@@ -218,7 +234,9 @@ def measure_kernel(call: Callable[[], Any], *, device: torch.device | str) -> fl
             samples_ms.append(_span_ms(call) if chosen.type == "cuda" else _wall_ms(call, chosen))
             if len(samples_ms) >= _MIN_KERNEL_SAMPLES and _clock_ns() > deadline_ns:
                 break
-    return float(np.median(samples_ms))
+            if is_hopeless is not None and len(samples_ms) < _KERNEL_SAMPLES and is_hopeless(samples_ms):
+                return tuple(samples_ms), True
+    return tuple(samples_ms), False
 
 
 @dataclass

@@ -85,6 +85,7 @@ class ForeignResult(Contract):
     latency_ms: Positive | None
     failure: FailureClass | None = None
     samples_ms: tuple[Positive, ...] = ()
+    is_aborted: bool = False
 
 
 class SearchResult(Contract):

@@ -7,7 +7,7 @@ timings needs far fewer of its own (Helion pull request 2113: 5.7 times faster t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from agnitra_lab.contracts.device import DeviceInfo
@@ -18,15 +18,15 @@ from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate import registry
 from agnitra_lab.loop.chooser import clock_s
 from agnitra_lab.refine import replay
-from agnitra_lab.refine.bound import Bound
+from agnitra_lab.refine.bound import NO_BOUND, Bound
 from agnitra_lab.refine.measuring import Measure, takes_bound
 from agnitra_lab.refine.search import Ahead
+from agnitra_lab.refine.study import as_measurement
 from agnitra_lab.suggest.rounds import Rounds
 from agnitra_lab.suggest.sites import KernelSite, Sibling
 
 MAX_SITES = 12
 _MAX_DETAIL = 300
-NO_BOUND = Bound()
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Place:
     Attributes:
         site: as measured: a recording has its own shape.
         space: its valid configs.
-        measure: gives a config's latency in ms, or raises.
+        measure: gives a config's latency in ms, or a `Measurement`, or raises.
         device: the recorded device; None for the one of the loop.
         ahead: what compiles configs before their turn; None where nothing does.
     """
 
     site: Site
     space: SearchSpace
-    measure: Callable[[KernelConfig], float]
+    measure: Measure
     device: DeviceInfo | None = None
     ahead: Ahead | None = None
 
@@ -104,10 +104,14 @@ def _siblings(site: Site) -> tuple[Sibling, ...]:
 def tried(place: Place, config: KernelConfig, index: int = 0) -> Trial:
     """Measure one config; whatever a compiler or a device raises is a failed trial."""
     try:
-        return Trial(index=index, config=config, latency_ms=float(place.measure(config)))
+        measured = as_measurement(place.measure(config))
     except Exception as error:
         text = error.message if isinstance(error, AgnitraError) else f"{type(error).__name__}: {error}"
         return Trial(index=index, config=config, latency_ms=None, status="failed", detail=text[:_MAX_DETAIL])
+    return Trial(
+        index=index, config=config, latency_ms=measured.latency_ms, samples_ms=measured.samples_ms,
+        status="failed" if measured.latency_ms is None else "ok", failure=measured.failure, detail=measured.detail,
+    )  # fmt: skip
 
 
 class Advice:
@@ -190,6 +194,6 @@ class Advice:
                 return measure(config, bound=bound) if has_bound else measure(config)
             if trial.latency_ms is None:
                 raise SearchError(trial.detail or "failed when it was measured for the language model")
-            return trial.latency_ms
+            return Measurement(latency_ms=trial.latency_ms, samples_ms=trial.samples_ms)
 
         return measured

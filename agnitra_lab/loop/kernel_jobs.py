@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from agnitra_lab.benchmark.elements import match, rtol_of
-from agnitra_lab.benchmark.timing import measure_kernel
+from agnitra_lab.benchmark.timing import sample_kernel
 from agnitra_lab.benchmark.tree import tensors
 from agnitra_lab.contracts.kernel import Site
-from agnitra_lab.contracts.search import KernelConfig
+from agnitra_lab.contracts.search import KernelConfig, Measurement
 from agnitra_lab.device.exclusive import shared_file, take_turns
 from agnitra_lab.errors import SearchError
 from agnitra_lab.generate import registry
 from agnitra_lab.generate.defaults import default_config
 from agnitra_lab.generate.render import render
+from agnitra_lab.refine.bound import NO_BOUND, Bound
 from agnitra_lab.refine.landscape_task import Target
 
 _REQUIRED_SHARE = 0.999
@@ -52,17 +54,20 @@ def _started_triton(device: str) -> Target:
     return found.backend, found.arch, found.warp_size
 
 
-def measure(site: Site, config: KernelConfig, device: str, turns_file: Path | None = None) -> float:
-    """Return the latency in ms of a config at its site, once it has given the right answer.
+def measure(
+    site: Site, config: KernelConfig, device: str, turns_file: Path | None = None, bound: Bound = NO_BOUND
+) -> Measurement:
+    """Time a config at its site, once it has given the right answer; one slower than the bound beyond doubt, briefly.
 
     Args:
         site: template, shape and dtype.
         config: what to try.
         device: where.
         turns_file: where processes that share the device take turns; None where none do.
+        bound: what is known of the best config.
 
     Raises:
-        SearchError: when its output differs from the template's reference.
+        SearchError: when its output differs from the template's reference, or a sample is no time.
     """
     if turns_file != shared_file():
         take_turns(turns_file)
@@ -75,7 +80,13 @@ def measure(site: Site, config: KernelConfig, device: str, turns_file: Path | No
             if found.problem is not None or found.share < _REQUIRED_SHARE:
                 reason = found.problem or f"only {found.share:.2%} of the elements match"
                 raise SearchError(f"{config.key()} gives another result than the reference: {reason}.")
-        return measure_kernel(lambda: kernel.call(*arguments, **options), device=device)
+        samples_ms, is_cut = sample_kernel(
+            lambda: kernel.call(*arguments, **options), device=device, is_hopeless=bound.is_hopeless
+        )
+    if not min(samples_ms) > 0:
+        raise SearchError(f"{config.key()} measured {min(samples_ms)} ms, which is no latency.")
+    detail = f"slower than the best beyond doubt after {len(samples_ms)} samples" if is_cut else None
+    return Measurement(latency_ms=median(samples_ms), samples_ms=samples_ms, is_aborted=is_cut, detail=detail)
 
 
 def _example(site: Site, device: str) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

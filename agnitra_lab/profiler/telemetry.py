@@ -20,7 +20,7 @@ from agnitra_lab.contracts import (
 from agnitra_lab.errors import RunStoreError
 from agnitra_lab.profiler import frames
 from agnitra_lab.profiler.places import Attribution
-from agnitra_lab.redact import redact
+from agnitra_lab.redact import redact, redact_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -178,8 +178,7 @@ def redact_categories(categories: Any) -> list[str]:
     """Return category names without credentials; names that become equal stay apart by a counter."""
     seen: dict[str, int] = {}
     names = []
-    for category in categories:
-        name = str(redact(str(category)))
+    for name in redact_texts(map(str, categories)):
         count = seen[name] = seen.get(name, 0) + 1
         names.append(name if count == 1 else f"{name} ({count})")
     return names

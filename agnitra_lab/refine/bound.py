@@ -42,6 +42,10 @@ class Bound:
         return rank_sum_p(int(num_wins), len(samples_ms), len(best)) < SIGNIFICANCE
 
 
+NO_BOUND = Bound()
+"""Nothing is known: everything is sampled in full."""
+
+
 def sampled(take: Callable[[], float], bound: Bound, *, num_samples: int = 20) -> tuple[float, tuple[float, ...], bool]:
     """Take samples until there are enough, or the bound says that they are hopeless.
 

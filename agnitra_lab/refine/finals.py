@@ -51,7 +51,7 @@ def named(study: Study, meter: Meter, is_stopped: Callable[[], bool]) -> Trial:
     Raises:
         SearchError: when every finalist failed the second time.
     """
-    race = _Race(_ranked(study), study.finals)
+    race = _Race(study.ranked, study.finals)
     num_measured = 0
     for round_index in range(MAX_ROUNDS):
         is_late = study.elapsed_s > meter.budget_s * (1 + LATE_SHARE) or num_measured > MAX_FINALS
@@ -71,13 +71,6 @@ def named(study: Study, meter: Meter, is_stopped: Callable[[], bool]) -> Trial:
         if not race.standing():
             raise SearchError("Every finalist failed when it was measured again.", hint="Keep the original ops.")
     return race.winner(study.elapsed_s)
-
-
-def _ranked(study: Study) -> list[Trial]:
-    return sorted(
-        (trial for trial in (*study.attached, *study.trials) if trial.latency_ms is not None and not trial.is_aborted),
-        key=lambda trial: (trial.latency_ms, trial.index),
-    )
 
 
 def middle(times_ms: Sequence[float]) -> float:

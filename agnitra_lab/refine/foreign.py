@@ -58,7 +58,11 @@ def results_in_ledger(path: Path) -> list[ForeignResult]:
     trials = [event.trial for event in events if isinstance(event, ledgers.Told | ledgers.Attached)]
     return [
         ForeignResult(
-            config=trial.config, latency_ms=trial.latency_ms, failure=trial.failure, samples_ms=trial.samples_ms
+            config=trial.config,
+            latency_ms=trial.latency_ms,
+            failure=trial.failure,
+            samples_ms=trial.samples_ms,
+            is_aborted=trial.is_aborted,
         )
         for trial in trials
     ]

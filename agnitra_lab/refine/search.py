@@ -186,6 +186,6 @@ def _best(study: Study, meter: Meter, is_stopped: Callable[[], bool], reason: St
         )
     if best is None or reason in ("cancelled", "hanging"):
         return best
-    if sum(trial.latency_ms is not None for trial in (*study.attached, *study.trials)) == 1:
+    if len(study.ranked) == 1:
         return best  # nothing is to be decided
     return named(study, meter, is_stopped)

@@ -156,10 +156,16 @@ class Study:
         return self._elapsed_before_s + time.perf_counter() - self._began
 
     @property
+    def ranked(self) -> list[Trial]:
+        """The trials and attached results that succeeded and were sampled in full, fastest first."""
+        measured = (*self.attached, *self.trials)
+        whole = [trial for trial in measured if trial.latency_ms is not None and not trial.is_aborted]
+        return sorted(whole, key=lambda trial: (trial.latency_ms, trial.index))
+
+    @property
     def best(self) -> Trial | None:
         """The trial or attached result with the lowest latency; None while nothing has succeeded."""
-        succeeded = [trial for trial in (*self.attached, *self.trials) if trial.latency_ms is not None]
-        return min(succeeded, key=lambda trial: (trial.latency_ms, trial.index), default=None)
+        return next(iter(self.ranked), None)
 
     @property
     def bound(self) -> Bound:
@@ -235,6 +241,7 @@ class Study:
                 latency_ms=result.latency_ms,
                 failure=None if result.latency_ms is not None else result.failure or "unknown",
                 samples_ms=result.samples_ms,
+                is_aborted=result.is_aborted,
             )
             trial = _trial(len(self.attached), result.config, given, self.elapsed_s, provenance)
             if self._ledger is not None:

@@ -1,13 +1,16 @@
-"""Plotly figures of a report. The values in them are the report's own numbers, unrounded.
+"""Plotly figures of a report, as the plain JSON that plotly.js draws. Their values are the report's own, unrounded.
 
-Plotly is imported inside the functions, and its renderers never: they import nbformat, whose schema library builds
-some 38 grammars at import (3 to 12 s on two cores), and they cannot be changed without changing the user's own figures.
+Plotly's own figure objects are not used: importing and filling them takes 1 s of a run (two cores of a Xeon), for
+checks that the tests make once. Nor are its renderers: they import nbformat, whose schema library builds some 38
+grammars at import (3 to 12 s), and they cannot be changed without changing the user's own figures.
 """
 
 from __future__ import annotations
 
 import json
+import pkgutil
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from agnitra_lab.contracts.report import Report
@@ -18,11 +21,14 @@ PLOTLY_MIME = "application/vnd.plotly.v1+json"
 CONFIG = {"displayModeBar": False, "responsive": True}
 # Bars of the two sides differ in pattern as well as in colour.
 # Upright stripes: JupyterLab keeps a PNG of each chart in the notebook, and slanted ones triple its size.
-_HATCH = {"shape": "|", "fgcolor": palette.PANEL, "size": 10, "solidity": 0.4}
+_HATCH = {"fgcolor": palette.PANEL, "shape": "|", "size": 10, "solidity": 0.4}
 _PADDING = 24
 _MAX_OPS = 8
 _MAX_NAME = 34
 _MAX_LEGEND = 48
+
+Figure = dict[str, Any]
+"""What plotly.js takes: `data` and `layout`, plain JSON values."""
 
 
 def agnitra_template() -> dict[str, Any]:
@@ -50,8 +56,8 @@ def agnitra_template() -> dict[str, Any]:
             "title": {
                 "font": {"size": 15, "color": palette.TEXT},
                 "x": 0,
-                "xref": "container",
                 "pad": {"l": _PADDING, "t": 18},
+                "xref": "container",
                 "y": 1,
                 "yanchor": "top",
                 "yref": "container",
@@ -60,15 +66,15 @@ def agnitra_template() -> dict[str, Any]:
             "yaxis": axis,
             "colorway": [palette.CANDIDATE, palette.BASELINE, palette.SECONDARY, palette.WARNING],
             "margin": {"l": _PADDING, "r": 96, "t": 56, "b": 48},
-            "hoverlabel": {"bgcolor": palette.SURFACE, "font": {"color": palette.TEXT}, "bordercolor": palette.EDGE},
-            "legend": {"orientation": "h", "y": -0.26, "yanchor": "top", "font": {"color": palette.MUTED}},
+            "hoverlabel": {"font": {"color": palette.TEXT}, "bgcolor": palette.SURFACE, "bordercolor": palette.EDGE},
+            "legend": {"font": {"color": palette.MUTED}, "orientation": "h", "y": -0.26, "yanchor": "top"},
             "showlegend": False,
             "bargap": 0.4,
         }
     }
 
 
-def latency_figure(report: Report) -> Any:
+def latency_figure(report: Report) -> Figure:
     """Baseline against candidate: medians, printed values, p20 to p80 whiskers."""
     comparison = report.comparison
     sides = (
@@ -83,18 +89,18 @@ def latency_figure(report: Report) -> Any:
     return figure
 
 
-def ops_figure(report: Report) -> Any:
+def ops_figure(report: Report) -> Figure:
     """The ops with the largest share of the self time."""
     events = sorted(report.telemetry.events, key=lambda event: event.share)[-_MAX_OPS:]
     names = [numbers.op_label(event) for event in events]
     figure = _bars_figure("Top ops by share of self time", "share of self time", names)
     for row, event in enumerate(events):
         _add_bar(figure, row, event.share, numbers.share(event.share), {"color": palette.SECONDARY})
-    figure.update_xaxes(tickformat=".0%")
+    figure["layout"]["xaxis"]["tickformat"] = ".0%"
     return figure
 
 
-def candidates_figure(report: Report) -> Any:
+def candidates_figure(report: Report) -> Figure:
     """Speed-up of every measured candidate with its interval; 1 is the baseline."""
     measured = [(row, row.comparison) for row in reversed(sections.ranked(report)) if row.comparison is not None]
     title = f"Speed-up over {_label(report.comparison.baseline)}"
@@ -104,35 +110,41 @@ def candidates_figure(report: Report) -> Any:
         colour = palette.CANDIDATE if candidate.status == "kept" else palette.MUTED
         _add_bar(figure, row, speedup.median, numbers.times(speedup.median), {"color": colour})
         _add_whisker(figure, row, speedup.low, speedup.high, "%{x:.3f}×")
-    figure.add_vline(x=1, line={"color": palette.TEXT, "dash": "dot", "width": 1})
+    figure["layout"]["shapes"] = [
+        {
+            "line": {"color": palette.TEXT, "dash": "dot", "width": 1}, "type": "line", "x0": 1, "x1": 1, "xref": "x",
+            "y0": 0, "y1": 1, "yref": "y domain",
+        }
+    ]  # fmt: skip
     return figure
 
 
-def search_figure(report: Report) -> Any:
+def search_figure(report: Report) -> Figure:
     """Best kernel time so far against the trial, one line for each search."""
     figure = _figure("Kernel search: best so far", x_title="trial", num_rows=_MAX_OPS)
-    figure.update_yaxes(title_text="ms", title_standoff=12)
+    figure["layout"]["yaxis"] = {"title": {"text": "ms", "standoff": 12}}
     dashes = ("solid", "dash", "dot", "dashdot")
     for index, search in enumerate(report.searches):
         name = _label(f"{search.space_template} by {search.sampler}, {search.measured_on}", _MAX_LEGEND)
         measured = [(trial.index, trial.latency_ms) for trial in search.trials if trial.latency_ms is not None]
         best_so_far = [min(latency for _, latency in measured[: end + 1]) for end in range(len(measured))]
-        figure.add_scatter(
-            x=[position for position, _ in measured], y=best_so_far, mode="lines", name=name,
-            line={"shape": "hv", "width": 3, "dash": dashes[index % len(dashes)]},
-            hovertemplate="trial %{x}: %{y:.4g} ms<extra></extra>",
-        )  # fmt: skip
-        figure.add_scatter(
-            x=[position for position, _ in measured], y=[latency for _, latency in measured], mode="markers",
-            name="every trial", legendgroup="trials", showlegend=index == 0,
-            marker={"color": palette.MUTED, "size": 7, "symbol": "circle-open"},
-            hovertemplate="trial %{x}: %{y:.4g} ms<extra></extra>",
-        )  # fmt: skip
-    figure.update_layout(showlegend=True, margin_r=_PADDING)
+        line = {
+            "hovertemplate": "trial %{x}: %{y:.4g} ms<extra></extra>",
+            "line": {"dash": dashes[index % len(dashes)], "shape": "hv", "width": 3}, "mode": "lines", "name": name,
+            "x": [position for position, _ in measured], "y": best_so_far, "type": "scatter",
+        }  # fmt: skip
+        points = {
+            "hovertemplate": "trial %{x}: %{y:.4g} ms<extra></extra>", "legendgroup": "trials",
+            "marker": {"color": palette.MUTED, "size": 7, "symbol": "circle-open"}, "mode": "markers",
+            "name": "every trial", "showlegend": index == 0, "x": [position for position, _ in measured],
+            "y": [latency for _, latency in measured], "type": "scatter",
+        }  # fmt: skip
+        figure["data"] += [line, points]
+    figure["layout"] |= {"margin": {"r": _PADDING}, "showlegend": True}
     return figure
 
 
-FIGURES: dict[str, tuple[Callable[[Report], Any], Callable[[Report], str]]] = {
+FIGURES: dict[str, tuple[Callable[[Report], Figure], Callable[[Report], str]]] = {
     "latency": (latency_figure, svg.latency_chart),
     "candidates": (candidates_figure, svg.candidates_chart),
     "ops": (ops_figure, svg.ops_chart),
@@ -148,15 +160,15 @@ def figure_names(report: Report) -> tuple[str, ...]:
     return tuple(name for name in FIGURES if has[name])
 
 
-def to_bundle(figure: Any, static_svg: str, text: str) -> dict[str, Any]:
+def to_bundle(figure: Figure, static_svg: str, text: str) -> dict[str, Any]:
     """Build the mime bundle of a figure by hand, for `display(bundle, raw=True)`.
 
     Args:
-        figure: a Plotly figure.
+        figure: what plotly.js draws.
         static_svg: the picture for front ends that show no Plotly.
         text: what a screen reader or a terminal gets.
     """
-    return {PLOTLY_MIME: {**plain_figure(figure), "config": CONFIG}, "image/svg+xml": static_svg, "text/plain": text}
+    return {PLOTLY_MIME: {**figure, "config": CONFIG}, "image/svg+xml": static_svg, "text/plain": text}
 
 
 def small_latency_bundle(report: Report) -> dict[str, Any]:
@@ -215,52 +227,71 @@ def report_bundles(report: Report) -> dict[str, dict[str, Any]]:
     for name in figure_names(report):
         draw, draw_static = FIGURES[name]
         figure = draw(report)
-        bundles[name] = to_bundle(figure, draw_static(report), f"Chart: {figure.layout.title.text}.")
+        bundles[name] = to_bundle(figure, draw_static(report), f"Chart: {figure['layout']['title']['text']}.")
     return bundles
 
 
-def plain_figure(figure: Any) -> dict[str, Any]:
-    """A figure's data and layout as plain JSON values."""
-    plain: dict[str, Any] = json.loads(json.dumps(figure.to_plotly_json(), default=list))
-    return plain
+@lru_cache(maxsize=1)
+def _template_json() -> str:
+    """Plotly's own template with ours laid over it, as JSON: each figure has a copy that may be changed."""
+    theirs = json.loads(pkgutil.get_data("plotly", "package_data/templates/plotly.json") or "{}")
+    laid = _laid_over({"data": theirs.get("data", {}), "layout": theirs.get("layout", {})}, agnitra_template())
+    return json.dumps(laid)
 
 
-def _figure(title: str, *, x_title: str, num_rows: int) -> Any:
-    from plotly.graph_objects import Figure
-
-    figure = Figure()
-    figure.update_layout(
-        template=agnitra_template(), title_text=title, height=118 + 36 * max(num_rows, 3), xaxis_title_text=x_title
-    )
-    return figure
+def _laid_over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        name: _laid_over(under[name], value) if isinstance(value, dict) and isinstance(under.get(name), dict) else value
+        for name, value in over.items()
+    }
+    return {**under, **both}
 
 
-def _bars_figure(title: str, x_title: str, names: Sequence[str]) -> Any:
+def _figure(title: str, *, x_title: str, num_rows: int) -> Figure:
+    layout = {
+        "template": json.loads(_template_json()),
+        "title": {"text": title},
+        "xaxis": {"title": {"text": x_title}},
+        "height": 118 + 36 * max(num_rows, 3),
+    }
+    return {"data": [], "layout": layout}
+
+
+def _bars_figure(title: str, x_title: str, names: Sequence[str]) -> Figure:
     """A figure with one row for each name, first name at the bottom. Rows are told apart by position: two ops may
     have one name, and shortened names may coincide."""
     figure = _figure(title, x_title=x_title, num_rows=len(names))
     rows = [_row_key(row) for row in range(len(names))]
     # A blank title is what keeps the longest name off the edge: an automatic margin is as wide as the labels.
-    figure.update_yaxes(title={"text": " ", "standoff": 4, "font": {"size": 14}})
-    figure.update_yaxes(type="category", tickmode="array", tickvals=rows, ticktext=[_label(name) for name in names])
+    figure["layout"]["yaxis"] = {
+        "title": {"font": {"size": 14}, "text": " ", "standoff": 4}, "type": "category", "tickmode": "array",
+        "tickvals": rows, "ticktext": [_label(name) for name in names],
+    }  # fmt: skip
     return figure
 
 
-def _add_bar(figure: Any, row: int, value: float, text: str, marker: dict[str, Any]) -> None:
+def _add_bar(figure: Figure, row: int, value: float, text: str, marker: dict[str, Any]) -> None:
     """A bar, and its value printed in the right margin, where no whisker runs through it."""
     key = _row_key(row)
-    figure.add_bar(x=[value], y=[key], orientation="h", marker=marker, hovertemplate=f"{text}<extra></extra>")
-    figure.add_annotation(
-        xref="paper", x=1.02, y=key, text=f"<b>{text}</b>", xanchor="left", showarrow=False, font={"size": 13}
-    )
+    bar = {
+        "hovertemplate": f"{text}<extra></extra>", "marker": marker, "orientation": "h", "x": [value], "y": [key],
+        "type": "bar",
+    }  # fmt: skip
+    figure["data"].append(bar)
+    note = {
+        "font": {"size": 13}, "showarrow": False, "text": f"<b>{text}</b>", "x": 1.02, "xanchor": "left",
+        "xref": "paper", "y": key,
+    }  # fmt: skip
+    figure["layout"].setdefault("annotations", []).append(note)
 
 
-def _add_whisker(figure: Any, row: int, low: float, high: float, number: str) -> None:
-    figure.add_scatter(
-        x=[low, high], y=[_row_key(row)] * 2, mode="lines+markers", line={"color": palette.TEXT, "width": 2},
-        marker={"symbol": "line-ns-open", "size": 12, "color": palette.TEXT, "line": {"width": 2}},
-        hovertemplate=f"{number}<extra></extra>",
-    )  # fmt: skip
+def _add_whisker(figure: Figure, row: int, low: float, high: float, number: str) -> None:
+    whisker = {
+        "hovertemplate": f"{number}<extra></extra>", "line": {"color": palette.TEXT, "width": 2},
+        "marker": {"color": palette.TEXT, "line": {"width": 2}, "size": 12, "symbol": "line-ns-open"},
+        "mode": "lines+markers", "x": [low, high], "y": [_row_key(row)] * 2, "type": "scatter",
+    }  # fmt: skip
+    figure["data"].append(whisker)
 
 
 def _row_key(row: int) -> str:

@@ -128,7 +128,7 @@ def _figure_values(report: Report) -> Html:
     values: dict[str, Any] = {}
     for name in figures.figure_names(report):
         draw, _ = figures.FIGURES[name]
-        values[name] = {**figures.plain_figure(draw(report)), "config": figures.CONFIG}
+        values[name] = {**draw(report), "config": figures.CONFIG}
     # Inside a script element only "<" can end the element; in JSON it may be written as an escape.
     text = json.dumps(values).replace("<", "\\u003c")
     return tag("script", Html(text), type="application/json", id="figures")

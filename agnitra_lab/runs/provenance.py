@@ -80,6 +80,24 @@ def git_state(folder: Path | None = None) -> GitState:
 
     Untracked files do not make a checkout dirty: every run adds some under artifacts/.
     """
+    # One question answers all three: starting git takes 45 ms where the disk is slow.
+    answer = _git(folder, "status", "--porcelain=v2", "--branch", "--no-ahead-behind", "--untracked-files=no")
+    if answer is None:
+        return _git_state_by_parts(folder)
+    lines = answer.splitlines()
+    said = dict(line.removeprefix("# branch.").partition(" ")[::2] for line in lines if line.startswith("# branch."))
+    commit, branch = said.get("oid"), said.get("head")
+    if not commit or commit == "(initial)":
+        return GitState(commit_full=None, branch=None, dirty=None)
+    return GitState(
+        commit_full=commit,
+        branch=redact_text(branch) if branch and branch != "(detached)" else None,
+        dirty=any(not line.startswith("# ") for line in lines),
+    )
+
+
+def _git_state_by_parts(folder: Path | None) -> GitState:
+    """The same outside a checkout, in one without a work tree, which has a commit all the same, and from an old git."""
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return GitState(commit_full=None, branch=None, dirty=None)

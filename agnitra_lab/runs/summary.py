@@ -133,7 +133,7 @@ def optimization_summaries(
 
     Args:
         report: the finished run.
-        make_meta: kind -> provenance.
+        make_meta: kind -> provenance; asked once, for it asks git: the places differ in their kind alone.
         budget: what was intended.
 
     Returns:
@@ -156,8 +156,9 @@ def optimization_summaries(
     if report.searches:
         filed["cmaes"] = (f"Kernel searches for {report.workload}.", search_results(report.searches))
     summaries: dict[Category, tuple[RunSummary, str]] = {}
+    meta = make_meta(KINDS["reports"])
     for category, (why, results) in filed.items():
-        summary = summarise(make_meta(KINDS[category]), results, budget)
+        summary = summarise(meta.model_copy(update={"kind": KINDS[category]}), results, budget)
         summaries[category] = (summary, run_markdown(summary, why))
     return summaries
 

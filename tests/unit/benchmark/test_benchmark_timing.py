@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from agnitra_lab.benchmark import timing
 from agnitra_lab.benchmark.outputs import fingerprint, fingerprints_match
-from agnitra_lab.benchmark.timing import is_plain, measure_kernel, time_group, time_pair
+from agnitra_lab.benchmark.timing import is_plain, measure_kernel, sample_kernel, time_group, time_pair
 from agnitra_lab.contracts.workload import Inputs
 from agnitra_lab.device.exclusive import DeviceTurn, take_turns
 
@@ -172,6 +173,20 @@ def test_a_kernel_is_measured_many_times_and_the_slower_one_takes_longer() -> No
 
     assert measure_kernel(slow, device="cpu") > measure_kernel(lambda: None, device="cpu")
     assert len(calls) >= 2 + timing._MIN_KERNEL_SAMPLES
+
+
+def test_sampling_a_kernel_ends_when_it_is_hopeless_and_the_last_sample_is_not_asked_about() -> None:
+    seen: list[int] = []
+
+    def is_hopeless(samples: Sequence[float], after: int) -> bool:
+        seen.append(len(samples))
+        return len(samples) == after
+
+    samples, is_cut = sample_kernel(lambda: None, device="cpu", is_hopeless=lambda taken: is_hopeless(taken, 4))
+    assert (len(samples), is_cut, seen) == (4, True, [1, 2, 3, 4])
+    seen.clear()
+    samples, is_cut = sample_kernel(lambda: None, device="cpu", is_hopeless=lambda taken: is_hopeless(taken, 99))
+    assert len(samples) == len(seen) + 1 and not is_cut
 
 
 def test_a_kernel_that_cannot_launch_raises_its_own_error() -> None:

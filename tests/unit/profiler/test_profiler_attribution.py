@@ -4,12 +4,12 @@ import gzip
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import DeviceType
 
 from agnitra_lab.contracts import GraphNode
 from agnitra_lab.profiler.alignment import NodeAligner
@@ -54,7 +54,7 @@ class RawEvent:
         return self.linked
 
     def device_type(self):
-        return SimpleNamespace(name=self.device)
+        return getattr(DeviceType, self.device)
 
     def device_resource_id(self):
         return 7
@@ -249,7 +249,7 @@ class Recorded:
         return self.columns["is_user_annotation"][self.row]
 
     def device_type(self):
-        return SimpleNamespace(name=self.columns["device_type"][self.row])
+        return getattr(DeviceType, self.columns["device_type"][self.row])
 
 
 def recording(name):

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from agnitra_lab.contracts.search import ForeignResult, KernelConfig, SearchSpace
+from agnitra_lab.contracts.search import ForeignResult, KernelConfig, Measurement, SearchSpace
 from agnitra_lab.errors import LedgerError
 from agnitra_lab.refine import ledger as ledgers
+from agnitra_lab.refine.bound import Bound
+from agnitra_lab.refine.foreign import results_in_ledger
 from agnitra_lab.refine.search import search
 from agnitra_lab.refine.study import Knowledge, LedgerKey, Study
 
@@ -28,7 +30,9 @@ def bowl(config: KernelConfig) -> float:
     return 1.0 + abs(config.params["BLOCK"] - 4) + abs(config.params["warps"] - 2)
 
 
-def measured(config: KernelConfig) -> float | None:
+def measured(config: KernelConfig) -> Measurement | float | None:
+    if config.params["warps"] == 4:
+        return Measurement(latency_ms=bowl(config), samples_ms=(bowl(config),) * 3, is_aborted=True)
     return None if config.params["warps"] == 8 else bowl(config)
 
 
@@ -105,6 +109,22 @@ def test_a_resumed_batch_in_flight_is_asked_for_again_first(tmp_path: Path) -> N
     assert resumed.pending == (asked[0], asked[2])
     assert resumed.ask(2) == [asked[0], asked[2]]
     resumed.close()
+
+
+def test_a_resumed_search_holds_configs_against_the_same_best_and_others_learn_what_ended_early(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    study = begin(path)
+    first, second = study.ask(2)
+    study.tell(first, Measurement(latency_ms=2.0, samples_ms=(1.9, 2.0, 2.1)))
+    study.tell(second, Measurement(latency_ms=1.5, samples_ms=(1.4, 1.5, 9.0), is_aborted=True))
+    bound = study.bound
+    study.close()
+    resumed = begin(path)
+    assert resumed.bound == bound == Bound((1.9, 2.0, 2.1))
+    resumed.close()
+    other = Study(SPACE)
+    other.attach(results_in_ledger(path))
+    assert other.bound == bound and [trial.is_aborted for trial in other.attached] == [False, True]
 
 
 def test_a_torn_tail_is_kept_aside_byte_for_byte(tmp_path: Path) -> None:

@@ -132,6 +132,12 @@ def test_a_config_as_fast_as_the_best_is_never_ended_early() -> None:
     assert Bound((1.0,)).is_hopeless([2.1, 2.2, 2.3])
 
 
+@given(st.lists(st.floats(0.01, 100.0), min_size=20, max_size=20), st.integers(1, 19), st.floats(0.5, 1.0))
+@settings(max_examples=100, deadline=None)
+def test_samples_that_the_best_itself_had_are_never_hopeless(best: list[float], num: int, factor: float) -> None:
+    assert not Bound(tuple(best)).is_hopeless([ms * factor for ms in sorted(best)[-num:]])
+
+
 @given(st.integers(1, 5), st.integers(1, 8))
 @settings(max_examples=30, deadline=None)
 def test_the_rank_sum_chances_are_those_of_all_orders(num_left: int, num_right: int) -> None:

@@ -8,6 +8,8 @@ from landscape_samples import older, small
 from agnitra_lab.contracts.search import KernelConfig
 from agnitra_lab.errors import TemplateError
 from agnitra_lab.refine import replay
+from agnitra_lab.refine.bound import Bound
+from agnitra_lab.refine.foreign import replayed
 from agnitra_lab.refine.landscape_file import LandscapeFile
 from agnitra_lab.refine.replay import Landscape, Replay
 from agnitra_lab.refine.search import search
@@ -68,6 +70,12 @@ def test_the_clock_counts_compiling_once_and_measuring_each_time(landscape: Land
     assert measure.clock_s == pytest.approx(0.51)
     measure(config(8, 1))
     assert measure.clock_s == pytest.approx(0.52)
+
+
+def test_a_recording_answers_the_same_whatever_the_best_is(landscape: Landscape) -> None:
+    measure = replayed(landscape)
+    found = measure(config(8, 1), bound=Bound((1e-6,) * 20))
+    assert found == measure(config(8, 1), bound=Bound()) and not found.is_aborted
 
 
 def test_a_failure_costs_its_compiling(landscape: Landscape) -> None:

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from agnitra_lab.contracts.search import KernelConfig, SearchSpace, Trial
+from agnitra_lab.contracts.search import KernelConfig, Measurement, SearchSpace, Trial
 from agnitra_lab.errors import SearchError, TemplateError, UsageError
 from agnitra_lab.refine.finals import middle
 from agnitra_lab.refine.search import Ahead, search
@@ -242,6 +242,22 @@ def test_the_only_config_that_worked_is_named_without_finals() -> None:
     result = search(SPACE, measure, max_trials=4)
     assert result.best is not None and result.best.latency_ms == 3.0
     assert len(calls) == 4 and not result.finals
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_config_whose_sampling_ended_early_is_not_named_though_its_few_samples_are_lower(is_cancelled: bool) -> None:
+    def measure(config: KernelConfig) -> Measurement:
+        is_cut = config.params["num_warps"] == 4
+        return Measurement(latency_ms=0.1 if is_cut else bowl(config), is_aborted=is_cut)
+
+    trials: list[Trial] = []
+    result = search(
+        SPACE, measure, sampler="exhaustive", max_trials=100, on_trial=trials.append,
+        should_stop=lambda: is_cancelled and len(trials) == 8,
+    )  # fmt: skip
+    assert any(trial.is_aborted for trial in result.trials)
+    assert result.best is not None and not result.best.is_aborted
+    assert not any(trial.is_aborted for trial in result.finals)
 
 
 def test_a_time_at_two_steps_of_the_timer_is_between_them_and_strays_do_not_count() -> None:

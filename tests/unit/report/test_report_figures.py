@@ -6,6 +6,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from plotly.graph_objects import Figure
 from report_factory import make_report
 
 from agnitra_lab.report import figures, svg
@@ -20,9 +21,8 @@ def numbers_in(value):
 
 
 def drawn_values(figure):
-    plain = figures.plain_figure(figure)
     return {
-        value for trace in plain["data"] for axis in "xy" for value in trace[axis] if isinstance(value, (int, float))
+        value for trace in figure["data"] for axis in "xy" for value in trace[axis] if isinstance(value, (int, float))
     }
 
 
@@ -41,9 +41,10 @@ def test_every_figure_has_a_static_twin(any_report, name):
 
 def test_the_two_sides_differ_by_more_than_colour():
     figure = figures.latency_figure(make_report())
-    bars = {figure.layout.yaxis.ticktext[int(t.y[0][-1])]: t for t in figure.data if t.type == "bar"}
-    assert bars["eager"].marker.pattern.shape == "|"
-    assert sum(bar.marker.pattern.shape is not None for bar in bars.values()) == 1
+    names = figure["layout"]["yaxis"]["ticktext"]
+    markers = {names[int(t["y"][0][-1])]: t["marker"] for t in figure["data"] if t["type"] == "bar"}
+    assert markers["eager"]["pattern"]["shape"] == "|"
+    assert sum("pattern" in marker for marker in markers.values()) == 1
 
 
 def test_the_chart_of_a_notebook_is_small_and_says_its_numbers_where_nothing_draws():
@@ -60,14 +61,14 @@ def test_ops_of_one_name_keep_bars_of_their_own():
     report = make_report()
     telemetry = report.telemetry.model_copy(update={"events": report.telemetry.events[:1] * 3})
     figure = figures.ops_figure(report.model_copy(update={"telemetry": telemetry}))
-    assert len({bar.y[0] for bar in figure.data}) == 3
-    assert len(set(figure.layout.yaxis.ticktext)) == 1
+    assert len({bar["y"][0] for bar in figure["data"]}) == 3
+    assert len(set(figure["layout"]["yaxis"]["ticktext"])) == 1
 
 
 def test_the_best_so_far_never_gets_worse():
-    line = figures.search_figure(make_report()).data[0]
-    assert list(line.y) == sorted(line.y, reverse=True)
-    assert len(line.x) == len(line.y) == 9
+    line = figures.search_figure(make_report())["data"][0]
+    assert line["y"] == sorted(line["y"], reverse=True)
+    assert len(line["x"]) == len(line["y"]) == 9
 
 
 def test_a_bundle_has_a_live_a_static_and_a_text_form(any_report):
@@ -89,7 +90,29 @@ def test_names_are_shown_as_text_in_plotly_labels():
             update={"comparison": make_report().comparison.model_copy(update={"candidate": "<a href='x'>y</a>"})}
         )
     )
-    assert "<a" not in json.dumps(figures.plain_figure(figure))
+    assert "<a" not in json.dumps(figure)
+
+
+@pytest.mark.parametrize("has_measured", [True, False])
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_plotly_takes_every_figure_and_changes_nothing_in_it(name, has_measured):
+    report = make_report()
+    if not has_measured:
+        failed = [each.model_copy(update={"comparison": None, "status": "failed"}) for each in report.candidates]
+        report = report.model_copy(update={"candidates": tuple(failed), "searches": ()})
+    drawn = figures.FIGURES[name][0](report)
+    taken = Figure(drawn, skip_invalid=False).to_plotly_json()
+    assert json.loads(json.dumps(taken, default=list)) == drawn
+
+
+def test_a_figure_has_plotlys_own_template_with_ours_laid_over_it():
+    figure = Figure(layout={"template": "plotly"})
+    figure.update_layout(template=figures.agnitra_template())
+    expected = json.loads(json.dumps(figure.layout.template.to_plotly_json(), default=list))
+    template = figures.latency_figure(make_report())["layout"]["template"]
+    assert template == expected
+    template.clear()
+    assert figures.ops_figure(make_report())["layout"]["template"] == expected
 
 
 def test_the_users_own_figures_keep_their_look_and_no_renderer_is_loaded():

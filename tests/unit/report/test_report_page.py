@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from report_factory import make_report
 
 from agnitra_lab.redact import redact_text
 from agnitra_lab.report import figures
+from agnitra_lab.report.html import escape
 from agnitra_lab.report.markdown import to_markdown
 from agnitra_lab.report.page import page_html
 
@@ -90,7 +94,7 @@ def test_writing_the_page_through_the_redactor_leaves_its_scripts_alone(live_pag
 def test_live_charts_show_the_figures_of_the_report(parsed_live_page):
     shown = json.loads(parsed_live_page.texts["figures"])
     assert set(shown) == set(figures.figure_names(make_report("cuda")))
-    assert shown["latency"]["data"] == figures.plain_figure(figures.latency_figure(make_report("cuda")))["data"]
+    assert shown["latency"]["data"] == figures.latency_figure(make_report("cuda"))["data"]
 
 
 def test_every_chart_has_a_static_picture_that_needs_no_script(static_page, any_report):
@@ -135,6 +139,12 @@ def test_hostile_text_adds_no_element():
     )
     assert [name for name, _ in hostile.elements] == [name for name, _ in plain.elements]
     assert [set(values) for _, values in hostile.elements] == [set(values) for _, values in plain.elements]
+
+
+@given(st.text(st.one_of(st.characters(), st.sampled_from("<>&\"'\n\t\r\0\x1b\xa0\u202e\u2028")), max_size=40))
+def test_escaping_keeps_what_is_printable_character_by_character(text):
+    visible = "".join(c for c in text if c in "\n\t" or c.isprintable())
+    assert escape(text) == html.escape(visible, quote=True)
 
 
 def test_hostile_text_in_markdown_is_escaped():

@@ -114,6 +114,29 @@ def test_a_changed_file_makes_the_checkout_dirty(checkout):
     assert provenance.git_state(checkout).dirty is True
 
 
+@pytest.mark.parametrize("how", ["clean", "changed", "detached", "unborn", "bare", "stashed"])
+def test_one_question_to_git_answers_as_three_do(checkout, tmp_path_factory, how):
+    if how == "changed":
+        (checkout / "a name.txt").write_text("2")
+        git(checkout, "add", "a name.txt")
+    if how == "detached":
+        git(checkout, "checkout", "--detach")
+    if how == "stashed":
+        git(checkout, "config", "status.showStash", "true")
+        (checkout / "a.txt").write_text("2")
+        git(checkout, "stash")
+    if how == "unborn":
+        checkout = tmp_path_factory.mktemp(how)
+        git(checkout, "init")
+    if how == "bare":
+        git(checkout, "clone", "--bare", ".", str(checkout / "bare.git"))
+        checkout = checkout / "bare.git"
+    state = provenance.git_state(checkout)
+    assert state == provenance._git_state_by_parts(checkout)
+    assert (state.commit_full is None) == (how == "unborn")
+    assert state.dirty == (None if how in ("unborn", "bare") else how == "changed")
+
+
 def test_importing_runs_loads_no_torch():
     script = (
         "import sys, agnitra_lab.runs.store, agnitra_lab.runs.read, agnitra_lab.runs.summary,"

@@ -5,6 +5,7 @@ import pytest
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.run import RunSummary
 from agnitra_lab.runs import provenance, summary
+from agnitra_lab.runs.layout import KINDS
 from agnitra_lab.runs.markdown import escape, run_markdown
 from agnitra_lab.runs.store import RunStore
 
@@ -18,6 +19,20 @@ def summaries(make_report):
         )  # fmt: skip
 
     return summary.optimization_summaries(make_report("cuda"), make_meta)
+
+
+def test_where_a_run_comes_from_is_found_out_once(make_report, make_summary):
+    asked = []
+
+    def make_meta(kind):
+        asked.append(kind)
+        return make_summary(kind=kind).meta
+
+    filed = summary.optimization_summaries(make_report("cuda"), make_meta)
+    assert len(asked) == 1
+    assert {category: found.meta.kind for category, (found, _) in filed.items()} == {
+        category: KINDS[category] for category in filed
+    }
 
 
 def test_one_optimisation_is_filed_in_every_place_of_the_layout(summaries):
