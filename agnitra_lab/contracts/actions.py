@@ -81,6 +81,13 @@ ACTIONS: dict[str, Action] = {
             summary="pad half-precision weights of odd widths to what tensor cores take, where that measures faster",
         ),
         Action(
+            name="residual_gemm",
+            kind="rewrite",
+            needs_cuda=True,
+            is_measured=True,
+            summary="let products add themselves to their residual, in place, where that measures faster",
+        ),
+        Action(
             name="keep_eager",
             kind="rewrite",
             summary="keep recurrent layers, and convolutions that compile badly, on their own library kernel in the "

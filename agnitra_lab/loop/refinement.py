@@ -180,7 +180,8 @@ class Refinement:
         if self._advice is not None:
             measure = self._advice.remembering(place.site, measure)
         if place.device is None:
-            known = knowledge_of(site.template, seeds=seeds)
+            # One config is its seed, whatever siblings say.
+            known = Knowledge(seeds=seeds) if num_trials == 1 else knowledge_of(site.template, seeds=seeds)
             key = LedgerKey(self._device_name, kernel_sha256(site.template), self._versions)
             path = (self._settings.tuned_folder or default_folder()) / "ledgers" / f"{_file_stem(site, key)}.jsonl"
             return self._searched_with(place, measure, known, key, path, budget_s, num_trials)

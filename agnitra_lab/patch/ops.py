@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
+from torch.utils import _pytree
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch._C._nn.linear: "linear",
@@ -316,16 +317,23 @@ def _is_writer(target: Any) -> bool:
 
 
 def written_nodes(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the values that an in-place node may write: all tensor arguments of an op with a schema, else the first."""
+    """Yield the values that an in-place node may write: what an op's schema says, else the first argument."""
     if not is_in_place(node):
         return
     out = node.kwargs.get("out")
     if isinstance(out, fx.Node):
         yield out
-    if getattr(node.target, "_schema", None) is not None:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        if node.args and isinstance(node.args[0], fx.Node):
+            yield node.args[0]
+    elif hasattr(schema, "arguments"):
+        for index, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+                yield from (value for value in _pytree.tree_leaves(given) if isinstance(value, fx.Node))
+    else:
         yield from node.all_input_nodes
-    elif node.args and isinstance(node.args[0], fx.Node):
-        yield node.args[0]
 
 
 def is_torchs_own(target: Any) -> bool:

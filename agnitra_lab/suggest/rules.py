@@ -321,6 +321,15 @@ RULES: tuple[Rule, ...] = (
         "measured with zeros up to the next multiple of 8, and its copy is made once.",
     ),
     _share_rule(
+        "residual_streams",
+        "residual_gemm",
+        evidence.LINEAR_OPS,
+        0.03,
+        "A product can add its fp32 sums to the residual in place; the norm after it then reads one tensor and writes "
+        "one, instead of two and two. Measured on one H200 (bf16, 4096 x 2048 times 2048 x 2048): product 45.9 us, "
+        "with the sum 46.3; RMSNorm with a residual 18.1 us, without 6.7.",
+    ),
+    _share_rule(
         "channel_by_channel",
         "depthwise_conv",
         evidence.CONV_OPS,

@@ -8,11 +8,13 @@ from torch import nn
 from torch.nn import functional
 
 from agnitra_lab.contracts import Workload
+from agnitra_lab.generate.kernels import KernelBook
 from agnitra_lab.loop.rehearsal import Rehearsal
 from agnitra_lab.patch.candidates import Candidate
 from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.install import compile_mode, install
 from agnitra_lab.patch.liveness import Liveness
+from agnitra_lab.patch.rewrites import residual_gemm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 WIDTH, INNER, HEADS = 256, 512, 4
@@ -119,6 +121,19 @@ def test_outputs_of_a_cuda_graph_outlive_the_next_call(tower):
             outputs = [patch.model(x * scale) for scale in (1, 2, 3, 4)]
             for scale, output in zip((1, 2, 3, 4), outputs, strict=True):
                 check_close(output, tower(x * scale))
+
+
+def test_products_add_themselves_to_a_residual_stream_under_a_cuda_graph(tower, monkeypatch):
+    monkeypatch.setattr(residual_gemm, "measure", lambda *_: (2.0, 1.0))
+    x = x_of(2, 77, WIDTH)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False).to(x), tower)
+    actions = ["residual_gemm", "rms_norm", "cuda_graph"]
+    patch = install(Workload("tower", model, (x,)), actions, name="candidate", kernels=KernelBook())
+    assert [change.action for change in patch.log().descriptors].count("residual_gemm") == 2 * len(tower.layers)
+    with torch.no_grad():
+        for scale in (1, 2):
+            check_close(patch.model(x * scale), model(x * scale))
+    assert patch.model.num_guard_misses == 0
 
 
 class Logits(nn.Module):

@@ -18,6 +18,8 @@ _ORDER = (
     "cached_attention",
     # Products of few rows take the norm before them and the gate after them before those become kernels of their own.
     "skinny_gemm",
+    # Norms then read the stream that products have been added to, and add nothing.
+    "residual_gemm",
     "rms_norm",
     "layer_norm",
     "channel_norm",
