@@ -15,7 +15,9 @@ from agnitra_lab.generate import registry
 
 FLAGS: dict[str, dict[str, Any]] = {
     "_rows": {"IS_LOG": False, "IS_FP32": False, "IS_ONE_BLOCK": True, "ROWS_PER_PROGRAM": 1, "NUM_STAGES": 1},
-    "_joined": {"IS_LOG": False, "IS_FP32": True, "SPLIT": 8, "BLOCK_SPLIT": 8},
+    "_joined": {
+        "IS_LOG": False, "IS_FP32": True, "IS_ONE_BLOCK": True, "SPLIT": 8, "BLOCK_SPLIT": 8, "NUM_STAGES": 1,
+    },
     "_parts": {"IS_SECOND": True, "IS_LOG": True, "IS_FP32": False, "SPLIT": 8, "BLOCK_SPLIT": 8, "NUM_STAGES": 2},
     "_tokens": {"HAS_SMOOTHING": False, "IS_ONE_BLOCK": False, "ROWS_PER_PROGRAM": 1, "SPLIT": 1, "NUM_STAGES": 3},
     "_join": {"HAS_SMOOTHING": True, "SPLIT": 8, "BLOCK_SPLIT": 8},
