@@ -7,6 +7,7 @@ measuring.py       one measurement with a deadline; failures by class
 bound.py           the early end of a hopeless config
 finals.py          the best few measured again, in turn, until the noise leaves no doubt
 siblings.py        what other shapes and devices, hints and the compiler say of each config
+moved.py           siblings of other shapes, moved to the shape in hand
 foreign.py         from recordings and ledgers to siblings and measures
 space.py           configs as vectors in the unit cube
 sampler.py         what a sampler is, and the table of samplers

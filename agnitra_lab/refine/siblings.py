@@ -32,12 +32,33 @@ class Sibling:
         log_ms: [configs] float64, the logarithm of the latency there; known or filled, never NaN.
         is_known: [configs] bool, where it was really measured.
         is_failed: [configs] bool, where it failed; none that was not measured.
+        is_moved: it was measured at another shape and moved along with the shape: no config stands where it stood.
     """
 
     name: str
     log_ms: NDArray[np.float64]
     is_known: NDArray[np.bool_]
     is_failed: NDArray[np.bool_]
+    is_moved: bool = False
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What was measured of the same template elsewhere, in its own order.
+
+    Attributes:
+        name: for people.
+        params: [results, parameters] float64, in the order of the names that it was read for.
+        log_ms: [results] float64, the logarithm of the latency; a failure's is above all others.
+        is_failed: [results] bool.
+        shape: of the problem there; empty where it is not known.
+    """
+
+    name: str
+    params: NDArray[np.float64]
+    log_ms: NDArray[np.float64]
+    is_failed: NDArray[np.bool_]
+    shape: tuple[int, ...] = ()
 
 
 def sibling_of(name: str, results: Iterable[ForeignResult], encoding: Encoding) -> Sibling | None:
@@ -51,24 +72,55 @@ def sibling_of(name: str, results: Iterable[ForeignResult], encoding: Encoding) 
     Returns:
         The sibling; None where fewer than two results have a latency or share their parameters with the space.
     """
+    there = elsewhere_of(name, results, encoding)
+    return None if there is None else aligned(there, encoding)
+
+
+def elsewhere_of(
+    name: str, results: Iterable[ForeignResult], encoding: Encoding, shape: tuple[int, ...] = ()
+) -> Elsewhere | None:
+    """Read the results of another search or recording.
+
+    Args:
+        name: for people.
+        results: measured there, failures included.
+        encoding: of the space in hand, whose parameters they have to have.
+        shape: of the problem there, where it is known.
+
+    Returns:
+        None where fewer than two results have a latency or share their parameters with the space.
+    """
     rows = [result for result in results if set(result.config.params) == set(encoding.names)]
     known = [result for result in rows if result.latency_ms is not None]
     if len(known) < 2:
         return None
     worst = max(np.log(result.latency_ms or 1.0) for result in known) + FAILURE_LOG_MS
-    values = np.array([worst if row.latency_ms is None else np.log(row.latency_ms) for row in rows])
-    given = np.array([[row.config.params[name] for name in encoding.names] for row in rows], dtype=np.float64)
-    position = {tuple(point): index for index, point in enumerate(given.tolist())}
-    wanted = np.array(
-        [[config.params[name] for name in encoding.names] for config in encoding.configs], dtype=np.float64
-    ).reshape(len(encoding), len(encoding.names))
+    return Elsewhere(
+        name,
+        np.array([[row.config.params[name] for name in encoding.names] for row in rows], dtype=np.float64),
+        np.array([worst if row.latency_ms is None else np.log(row.latency_ms) for row in rows]),
+        np.array([row.latency_ms is None for row in rows]),
+        shape,
+    )
+
+
+def aligned(there: Elsewhere, encoding: Encoding) -> Sibling:
+    """Align what was measured elsewhere to the arms of a space."""
+    position = {tuple(point): index for index, point in enumerate(there.params.tolist())}
+    wanted = values_of(encoding)
     at = np.array([position.get(tuple(point), -1) for point in wanted.tolist()], dtype=np.int64)
     is_known = at >= 0
-    log_ms = np.where(is_known, values[at], 0.0)
+    log_ms = np.where(is_known, there.log_ms[at], 0.0)
     if not is_known.all():
-        log_ms[~is_known] = _filled(wanted[~is_known], given, values)
-    failed = np.array([row.latency_ms is None for row in rows])
-    return Sibling(name, log_ms, is_known, is_known & failed[at])
+        log_ms[~is_known] = filled(wanted[~is_known], there.params, there.log_ms)
+    return Sibling(there.name, log_ms, is_known, is_known & there.is_failed[at])
+
+
+def values_of(encoding: Encoding) -> NDArray[np.float64]:
+    """Return [configs, parameters], the values of every config's parameters."""
+    return np.array(
+        [[config.params[name] for name in encoding.names] for config in encoding.configs], dtype=np.float64
+    ).reshape(len(encoding), len(encoding.names))
 
 
 def hints_of(hints: Sequence[KernelConfig], encoding: Encoding) -> Sibling | None:
@@ -122,9 +174,7 @@ def foreign_of(space: SearchSpace, latencies_ms: Sequence[float | None]) -> list
     ]
 
 
-def _filled(
-    wanted: NDArray[np.float64], given: NDArray[np.float64], values: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def filled(wanted: NDArray[np.float64], given: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Answer for configs that a sibling did not measure: the mean of its nearest ones, the nearer the heavier."""
     both = np.log2(np.maximum(np.concatenate([wanted, given]), 0.0) + 1.0)
     span = np.where(np.ptp(both, axis=0) > 0, np.ptp(both, axis=0), 1.0)

@@ -35,7 +35,8 @@ from agnitra_lab.refine import sampler as samplers
 from agnitra_lab.refine.blas_threads import on_one_blas_thread
 from agnitra_lab.refine.bound import Bound
 from agnitra_lab.refine.ledger import Asked, Attached, FinalMeasured, Ledger, LedgerHeader, Told
-from agnitra_lab.refine.siblings import Sibling, facts_of, hints_of, sibling_of
+from agnitra_lab.refine.moved import moved_siblings
+from agnitra_lab.refine.siblings import Sibling, aligned, elsewhere_of, facts_of, hints_of
 from agnitra_lab.refine.space import Encoding, space_sha256
 
 StopReason = Literal["budget", "exhausted", "time", "cancelled", "hanging"]
@@ -48,12 +49,14 @@ class Knowledge:
     Attributes:
         seeds: configs to measure first, best first; those that are not in the space are left out.
         siblings: name -> results of the same template at another shape or on another device.
+        shapes: name -> shape of those siblings whose shape is known: what suits a shape moves along with it.
         hints: configs that a language model or a preset would choose, best first; they need not be measured first.
         facts: config key -> what the compiler says of it, such as registers, spills and shared memory.
     """
 
     seeds: Sequence[KernelConfig] = ()
     siblings: Mapping[str, Sequence[ForeignResult]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     hints: Sequence[KernelConfig] = ()
     facts: Mapping[str, Mapping[str, float]] | None = None
 
@@ -349,9 +352,14 @@ def as_measurement(measured: Measurement | float | None) -> Measurement:
 
 
 def _aligned(known: Knowledge, encoding: Encoding) -> tuple[Sibling, ...]:
-    found = [sibling_of(name, results, encoding) for name, results in known.siblings.items()]
-    found.append(hints_of(known.hints, encoding))
-    return tuple(sibling for sibling in found if sibling is not None)
+    read = [elsewhere_of(name, rows, encoding, known.shapes.get(name, ())) for name, rows in known.siblings.items()]
+    elsewhere = [there for there in read if there is not None]
+    hints = hints_of(known.hints, encoding)
+    return (
+        *moved_siblings(elsewhere, encoding),
+        *(aligned(there, encoding) for there in elsewhere),
+        *((hints,) if hints is not None else ()),
+    )
 
 
 def _observation(arm: int, trial: Trial, *, is_foreign: bool) -> samplers.Observation:
@@ -394,6 +402,8 @@ def _header(space: SearchSpace, sampler: str, seed: int, known: Knowledge, key: 
     )
     for name, results in known.siblings.items():
         context.update(name.encode())
+        if name in known.shapes:
+            context.update(repr(tuple(known.shapes[name])).encode())
         for result in results:
             context.update(f"{result.config.key()}={result.latency_ms!r}\n".encode())
     return LedgerHeader(

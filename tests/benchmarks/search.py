@@ -6,7 +6,8 @@
 The target landscape is unknown to the search; the other recordings of its template are its siblings. Figures are those
 of the search, with the optimum known: medians over landscapes of the medians over 20 seeds. The families ASIDE have
 figures of their own: the samplers were tuned without them up to the run 20261126_235006_search_84de, and since then on
-synthetic landscapes and on all recordings alike. So has every family, as `family_...`.
+synthetic landscapes and on all recordings alike. So has every family, as `family_...`, and `all_...` is over all of the
+recordings: since the run of 2026-11-27 that moves siblings along with the shape, every family was looked at.
 Synthetic landscapes have made-up times: theirs are named `synthetic_...` and are about robustness only, and `drawn_...`
 where the kernel itself was drawn from a seed: some of these were looked at in a few comparisons while the samplers were
 tuned. The last line is a JSON object of figures.
@@ -24,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: figures are of one core
@@ -67,6 +68,8 @@ class Target:
     optimum_ms: float
     """Of the config that was best when the best were measured again: a lower median elsewhere is noise."""
     siblings: dict[str, list[ForeignResult]]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the siblings."""
 
 
 def recorded_targets() -> list[Target]:
@@ -75,14 +78,16 @@ def recorded_targets() -> list[Target]:
     results = {path: results_of(landscape) for path, landscape in landscapes.items()}
     targets = []
     for path, landscape in landscapes.items():
-        siblings = {
-            other.stem: results[other]
-            for other, recorded in landscapes.items()
-            if other != path and recorded.template == landscape.template
-        }
+        others = [
+            other for other, recorded in landscapes.items() if other != path and recorded.template == landscape.template
+        ]
+        siblings = {other.stem: results[other] for other in others}
+        shapes = {other.stem: landscapes[other].shape for other in others}
         latency_ms = {row.config.key(): row.latency_ms for row in results[path] if row.latency_ms is not None}
         targets.append(
-            Target(path.stem, landscape.template, landscape.space, latency_ms, landscape.best_latency_ms, siblings)
+            Target(
+                path.stem, landscape.template, landscape.space, latency_ms, landscape.best_latency_ms, siblings, shapes
+            )
         )
     return [target for target in targets if target.siblings]
 
@@ -135,7 +140,7 @@ def _results(landscape: synthetic_landscapes.Synthetic) -> list[ForeignResult]:
 
 def curve(target: Target, sampler: str, seed: int, budget: int, *, is_warm: bool) -> NDArray[np.float64]:
     """Return [budget], the best latency so far over the optimum; infinite before the first success."""
-    knowledge = Knowledge(siblings=target.siblings) if is_warm else NOTHING_KNOWN
+    knowledge = Knowledge(siblings=target.siblings, shapes=target.shapes) if is_warm else NOTHING_KNOWN
     study = Study(target.space, sampler=sampler, seed=seed, knowledge=knowledge)
     best, found = math.inf, []
     while len(found) < budget and (asked := study.ask()):
@@ -194,6 +199,8 @@ def sampler_figures(
             main = {t.name: found[t.name] for t in targets if t.template not in ASIDE}
             aside = {t.name: found[t.name] for t in targets if t.template in ASIDE}
             figures |= figures_of(label, main) | figures_of(f"aside_{label}", aside)
+            if not prefix:
+                figures |= figures_of(f"all_{label}", found)
             if name == "rl" and not prefix:
                 for family in sorted({target.template for target in targets}):
                     own = {t.name: found[t.name] for t in targets if t.template == family}

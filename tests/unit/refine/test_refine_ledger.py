@@ -279,3 +279,12 @@ def test_a_process_killed_in_the_middle_loses_one_measurement_at_most(tmp_path: 
     whole = search(SPACE, bowl, max_trials=20, sampler="rl", seed=1)
     assert [trial.config for trial in resumed.trials] == [trial.config for trial in whole.trials]
     assert len(calls) - len(resumed.finals) <= 20 - num_told + 1
+
+
+def test_a_sibling_that_was_measured_at_another_shape_makes_another_search(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    rows = [ForeignResult(config=config, latency_ms=bowl(config)) for config in SPACE.configs]
+    begin(path, knowledge=Knowledge(siblings={"there": rows}, shapes={"there": (2,)})).close()
+    with pytest.raises(LedgerError, match="context_sha256"):
+        begin(path, knowledge=Knowledge(siblings={"there": rows}, shapes={"there": (4,)}))
+    begin(path, knowledge=Knowledge(siblings={"there": rows}, shapes={"there": (2,)})).close()
