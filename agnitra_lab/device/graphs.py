@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
@@ -125,7 +126,10 @@ def _capture_segments(call: Callable[[], Any], cuts: Sequence[int], last: int | 
     ops = _Ops()
 
     def cut() -> None:
-        graphs[-1].capture_end()
+        with warnings.catch_warnings():
+            # A call may be its last product and nothing else.
+            warnings.filterwarnings("ignore", message=".*CUDA Graph is empty")
+            graphs[-1].capture_end()
         if ops.count == last:
             # What comes now runs: on values, since an index of garbage would end the process.
             for graph in graphs:

@@ -123,6 +123,15 @@ def test_outputs_of_a_cuda_graph_outlive_the_next_call(tower):
                 check_close(output, tower(x * scale))
 
 
+def test_a_call_that_is_one_large_product_is_captured_without_a_warning(recwarn):
+    model = nn.Linear(WIDTH, 40_000, bias=False).to("cuda", torch.bfloat16).eval()
+    x = x_of(512, WIDTH)
+    with torch.no_grad():
+        graphed = GraphedCall(lambda leaves: model(*leaves), [x], Liveness(model))
+        torch.testing.assert_close(graphed([2 * x]), model(2 * x), rtol=0, atol=0)
+    assert not [warning for warning in recwarn if "empty" in str(warning.message)]
+
+
 def test_products_add_themselves_to_a_residual_stream_under_a_cuda_graph(tower, monkeypatch):
     monkeypatch.setattr(residual_gemm, "measure", lambda *_: (2.0, 1.0))
     x = x_of(2, 77, WIDTH)
