@@ -466,9 +466,11 @@ def test_a_budget_below_one_event_is_refused(max_events):
 
 
 def test_profiling_says_what_it_cost(telemetry):
-    overhead = telemetry.record.overhead
+    record, overhead = telemetry.record, telemetry.record.overhead
     assert overhead.num_markers > 0
-    assert 0.0 < overhead.share < 1.0
+    assert overhead.is_measured
+    # On a busy machine the plain calls may be the slower ones: a cost below nothing is none.
+    assert overhead.share == pytest.approx(max(0.0, 1 - record.wall_ms / record.profiled_ms))
 
 
 def test_a_module_that_calls_itself_is_profiled():
