@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
+from agnitra_lab.generate.templates.arrivals import wait_for_all
 from agnitra_lab.generate.templates.moments import (
     _merge_moments,
     _merge_parts,
@@ -327,13 +328,7 @@ def _joined_kernel(
     tl.store(at, mean)
     tl.store(at + 1, rest)
     tl.store(at + 2, tl.sum(centred * centred, axis=1) - total * shift * shift)
-    # Every thread's stores come before the arrival, the row's arrivals before every thread's loads.
-    tl.debug_barrier()
-    tl.atomic_add(count_ptr + 1 + row, 1, sem="release")
-    arrived = 0
-    while arrived < SPLIT:
-        arrived = tl.atomic_add(count_ptr + 1 + row, 0, sem="acquire")
-    tl.debug_barrier()
+    wait_for_all(count_ptr + 1 + row, SPLIT)
     parts = tl.arange(0, SPLIT_LANES)
     count = tl.minimum(tl.maximum(num_cols - parts * BLOCK_N, 0), BLOCK_N)
     moments = moments_ptr + (row * SPLIT + parts) * 3
@@ -348,6 +343,7 @@ def _joined_kernel(
 
 
 KERNELS = (
+    wait_for_all,
     _two_parts,
     _merge_moments,
     _merge_parts,

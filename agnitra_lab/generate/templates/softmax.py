@@ -12,8 +12,7 @@ Sums are in fp32 whatever the dtypes (those over all lanes of fp32 rows in fp64)
 third form and the fourth a program takes its number from a counter, so all those that it waits for have begun: they
 finish as soon as SPLIT programs fit on the device at once, whatever the order in which it starts them.
 
-Source: Milakov and Gimelshein, 2018, arXiv 1805.02867; the tickets are those of Merrill and Garland, "Single-pass
-Parallel Prefix Scan with Decoupled Look-back", 2016, section 4.4; waiting as in Inductor's cooperative reductions.
+Source: Milakov and Gimelshein, 2018, arXiv 1805.02867; waiting as in `arrivals.py`.
 """
 
 import math
@@ -34,6 +33,7 @@ from agnitra_lab.generate.points import (
     next_power_of_two,
     row_rule,
 )
+from agnitra_lab.generate.templates.arrivals import wait_for_all
 from agnitra_lab.generate.templates.online import lane_sum, online_block, online_merge, online_step
 
 PARAMS = ("BLOCK_N", "ROWS_PER_PROGRAM", "SPLIT", "num_warps", "num_stages")
@@ -124,19 +124,32 @@ def _merged(part_ptr, row, num_rows, IS_FP32: tl.constexpr, SPLIT: tl.constexpr,
 
 
 @triton.jit
-def _waited(part_ptr, count_ptr, row, place, m, s, num_rows, IS_FP32: tl.constexpr, SPLIT: tl.constexpr,
-            BLOCK_SPLIT: tl.constexpr):  # fmt: skip
+def _keep(part_ptr, row, place, m, s, num_rows, SPLIT: tl.constexpr):
     m_ptr = part_ptr + row * SPLIT + place + tl.zeros((1, 1), tl.int32)
     tl.store(m_ptr, m)
     tl.store(m_ptr + num_rows * SPLIT, s)
-    # Every thread's stores come before the arrival, the row's arrivals before every thread's loads.
-    tl.debug_barrier()
-    tl.atomic_add(count_ptr + 1 + row, 1, sem="release")
-    arrived = 0
-    while arrived < SPLIT:
-        arrived = tl.atomic_add(count_ptr + 1 + row, 0, sem="acquire")
-    tl.debug_barrier()
-    return _merged(part_ptr, row, num_rows, IS_FP32, SPLIT, BLOCK_SPLIT)
+
+
+@triton.jit
+def _sums(x_row, first, last, IS_FP32: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr):
+    m = tl.full((1, 1), -3.4028234663852886e38, tl.float32)
+    s = tl.zeros((1, BLOCK_N), tl.float32)
+    for start in tl.range(first, last, BLOCK_N, num_stages=NUM_STAGES):
+        offs_n = start + tl.arange(0, BLOCK_N)[None, :]
+        x = tl.load(x_row + offs_n, mask=offs_n < last, other=-float("inf"), eviction_policy="evict_last")
+        m, s = online_step(x.to(tl.float32), m, s)
+    return m, lane_sum(s, 1, IS_FP32)
+
+
+@triton.jit
+def _write(x_row, out_row, first, last, m, s, IS_LOG: tl.constexpr, IS_FP32: tl.constexpr, BLOCK_N: tl.constexpr,
+           NUM_STAGES: tl.constexpr):  # fmt: skip
+    for start in tl.range(first, last, BLOCK_N, num_stages=NUM_STAGES):
+        offs_n = start + tl.arange(0, BLOCK_N)[None, :]
+        mask = offs_n < last
+        x = tl.load(x_row + offs_n, mask=mask, other=-float("inf"), eviction_policy="evict_first")
+        out = _result(x.to(tl.float32), m, s, IS_LOG, IS_FP32).to(out_row.dtype.element_ty)
+        tl.store(out_row + offs_n, out, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -168,25 +181,18 @@ def _joined(
         mask = offs_n < num_cols
         x = tl.load(x_row + offs_n, mask=mask, other=-float("inf")).to(tl.float32)
         m, s = online_block(x, IS_FP32)
-        m, s = _waited(part_ptr, count_ptr, row, place, m, s, num_rows, IS_FP32, SPLIT, BLOCK_SPLIT)
+        _keep(part_ptr, row, place, m, s, num_rows, SPLIT)
+        wait_for_all(count_ptr + 1 + row, SPLIT)
+        m, s = _merged(part_ptr, row, num_rows, IS_FP32, SPLIT, BLOCK_SPLIT)
         tl.store(out_row + offs_n, _result(x, m, s, IS_LOG, IS_FP32).to(dtype), mask=mask)
     else:
         first = place * chunk
         last = tl.minimum(first + chunk, num_cols)
-        m = tl.full((1, 1), -3.4028234663852886e38, tl.float32)
-        s = tl.zeros((1, BLOCK_N), tl.float32)
-        for start in tl.range(first, last, BLOCK_N, num_stages=NUM_STAGES):
-            offs_n = start + tl.arange(0, BLOCK_N)[None, :]
-            x = tl.load(x_row + offs_n, mask=offs_n < last, other=-float("inf"), eviction_policy="evict_last")
-            m, s = online_step(x.to(tl.float32), m, s)
-        s = lane_sum(s, 1, IS_FP32)
-        m_all, s_all = _waited(part_ptr, count_ptr, row, place, m, s, num_rows, IS_FP32, SPLIT, BLOCK_SPLIT)
-        for start in tl.range(first, last, BLOCK_N, num_stages=NUM_STAGES):
-            offs_n = start + tl.arange(0, BLOCK_N)[None, :]
-            mask = offs_n < last
-            x = tl.load(x_row + offs_n, mask=mask, other=-float("inf"), eviction_policy="evict_first")
-            out = _result(x.to(tl.float32), m_all, s_all, IS_LOG, IS_FP32).to(dtype)
-            tl.store(out_row + offs_n, out, mask=mask, eviction_policy="evict_first")
+        m, s = _sums(x_row, first, last, IS_FP32, BLOCK_N, NUM_STAGES)
+        _keep(part_ptr, row, place, m, s, num_rows, SPLIT)
+        wait_for_all(count_ptr + 1 + row, SPLIT)
+        m_all, s_all = _merged(part_ptr, row, num_rows, IS_FP32, SPLIT, BLOCK_SPLIT)
+        _write(x_row, out_row, first, last, m_all, s_all, IS_LOG, IS_FP32, BLOCK_N, NUM_STAGES)
 
 
 @triton.jit
@@ -216,26 +222,15 @@ def _parts(
     x_row = x_ptr + row * stride_xm
     if IS_SECOND:
         m, s = _merged(part_ptr, row, num_rows, IS_FP32, SPLIT, BLOCK_SPLIT)
-        for start in tl.range(first, last, BLOCK_N, num_stages=NUM_STAGES):
-            offs_n = start + tl.arange(0, BLOCK_N)[None, :]
-            mask = offs_n < last
-            x = tl.load(x_row + offs_n, mask=mask, other=-float("inf"), eviction_policy="evict_first")
-            out = _result(x.to(tl.float32), m, s, IS_LOG, IS_FP32).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + row * num_cols + offs_n, out, mask=mask, eviction_policy="evict_first")
+        _write(x_row, out_ptr + row * num_cols, first, last, m, s, IS_LOG, IS_FP32, BLOCK_N, NUM_STAGES)
     else:
-        m = tl.full((1, 1), -3.4028234663852886e38, tl.float32)
-        s = tl.zeros((1, BLOCK_N), tl.float32)
-        for start in tl.range(first, last, BLOCK_N, num_stages=NUM_STAGES):
-            offs_n = start + tl.arange(0, BLOCK_N)[None, :]
-            x = tl.load(x_row + offs_n, mask=offs_n < last, other=-float("inf"), eviction_policy="evict_last")
-            m, s = online_step(x.to(tl.float32), m, s)
-        m_ptr = part_ptr + row * SPLIT + pid % SPLIT + tl.zeros((1, 1), tl.int32)
-        tl.store(m_ptr, m)
-        tl.store(m_ptr + num_rows * SPLIT, lane_sum(s, 1, IS_FP32))
+        m, s = _sums(x_row, first, last, IS_FP32, BLOCK_N, NUM_STAGES)
+        _keep(part_ptr, row, pid % SPLIT, m, s, num_rows, SPLIT)
 
 
 kernel = (
-    lane_sum, online_block, online_step, online_merge, _exp_f32, _result, _rows, _merged, _waited, _joined, _parts,
+    lane_sum, online_block, online_step, online_merge, wait_for_all, _exp_f32, _result, _rows, _merged, _keep, _sums,
+    _write, _joined, _parts,
 )  # fmt: skip
 _IS_COMPILED = isinstance(_rows, triton.JITFunction)
 _SHARED_MEMORY_BYTES = 227 * 1024
