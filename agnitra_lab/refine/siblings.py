@@ -61,21 +61,6 @@ class Elsewhere:
     shape: tuple[int, ...] = ()
 
 
-def sibling_of(name: str, results: Iterable[ForeignResult], encoding: Encoding) -> Sibling | None:
-    """Align the results of another search or recording to a space.
-
-    Args:
-        name: for people.
-        results: measured there, failures included.
-        encoding: of the space in hand.
-
-    Returns:
-        The sibling; None where fewer than two results have a latency or share their parameters with the space.
-    """
-    there = elsewhere_of(name, results, encoding)
-    return None if there is None else aligned(there, encoding)
-
-
 def elsewhere_of(
     name: str, results: Iterable[ForeignResult], encoding: Encoding, shape: tuple[int, ...] = ()
 ) -> Elsewhere | None:

@@ -6,7 +6,7 @@ from agnitra_lab.contracts.search import ForeignResult, KernelConfig, SearchSpac
 from agnitra_lab.refine.failing import Failing
 from agnitra_lab.refine.inputs import inputs_of
 from agnitra_lab.refine.sampler import Problem
-from agnitra_lab.refine.siblings import sibling_of
+from agnitra_lab.refine.siblings import aligned, elsewhere_of
 from agnitra_lab.refine.space import Encoding
 from agnitra_lab.refine.study import Study
 
@@ -55,7 +55,7 @@ def test_a_config_that_failed_at_a_sibling_is_doubted_before_any_measurement() -
         ForeignResult(config=config, latency_ms=latency_ms(config), failure="oom" if fails else None)
         for config, fails in zip(CONFIGS, FAILS, strict=True)
     ]
-    sibling = sibling_of("elsewhere", there, ENCODING)
+    sibling = aligned(elsewhere_of("elsewhere", there, ENCODING), ENCODING)
     assert sibling is not None and (sibling.is_failed == FAILS).all()
     odds = failing((sibling,)).odds_of_success()
     assert odds is not None and odds[FAILS].max() < odds[~FAILS].min()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agnitra_lab.contracts.search import ForeignResult, KernelConfig, Measurement, SearchSpace
 from agnitra_lab.errors import SearchError, UsageError
-from agnitra_lab.refine.siblings import facts_of, foreign_of, hints_of, sibling_of
+from agnitra_lab.refine.siblings import aligned, elsewhere_of, facts_of, foreign_of, hints_of
 from agnitra_lab.refine.space import Encoding
 from agnitra_lab.refine.study import Knowledge, Study
 
@@ -147,16 +147,17 @@ def test_a_space_with_dead_parameters_and_one_config_is_searched() -> None:
 
 def test_a_sibling_is_aligned_by_values_and_filled_where_it_says_nothing() -> None:
     encoding = Encoding(SPACE)
-    sibling = sibling_of("half", [result(config, bowl(config)) for config in SPACE.configs[::2]], encoding)
-    assert sibling is not None
+    there = elsewhere_of("half", [result(config, bowl(config)) for config in SPACE.configs[::2]], encoding)
+    assert there is not None
+    sibling = aligned(there, encoding)
     assert sibling.is_known.tolist() == [index % 2 == 0 for index in range(12)]
     assert min(sibling.log_ms[::2]) <= min(sibling.log_ms[1::2]) and max(sibling.log_ms) < 3
 
 
 def test_a_failure_at_a_sibling_is_worse_than_all_that_ran_there() -> None:
-    sibling = sibling_of("x", [result(config, None if config == SPACE.configs[0] else bowl(config))
+    there = elsewhere_of("x", [result(config, None if config == SPACE.configs[0] else bowl(config))
                                for config in SPACE.configs], Encoding(SPACE))  # fmt: skip
-    assert sibling is not None and sibling.log_ms.argmax() == 0
+    assert there is not None and aligned(there, Encoding(SPACE)).log_ms.argmax() == 0
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_a_failure_at_a_sibling_is_worse_than_all_that_ran_there() -> None:
     ],
 )
 def test_a_sibling_that_says_nothing_is_none(results: list[ForeignResult]) -> None:
-    assert sibling_of("empty", results, Encoding(SPACE)) is None
+    assert elsewhere_of("empty", results, Encoding(SPACE)) is None
 
 
 def test_latencies_become_results_and_nan_a_failure() -> None:
