@@ -103,6 +103,11 @@ def is_ruled(site: Site) -> bool:
     return decides is not None and decides(site.shape)
 
 
+def has_library(site: Site) -> bool:
+    """Whether a library has a call for what the site's kernel computes, which a kernel then has to match."""
+    return hasattr(registry.load(site.template), "library")
+
+
 def measure_on(device: torch.device, site: Site, timer: Timer) -> Callable[[KernelConfig], float]:
     """Return `config -> latency_ms` of the site's kernel on random tensors.
 

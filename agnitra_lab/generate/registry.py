@@ -28,7 +28,11 @@ TEMPLATES: dict[str, str] = {
 
 
 class Template(Protocol):
-    """The public names of a template module. It may have `is_ruled(shape)` too, for `generate.kernels.is_ruled`."""
+    """The public names of a template module.
+
+    It may have two more: `is_ruled(shape)`, for `generate.kernels.is_ruled`; and `library`, which takes what `example`
+    gives and makes the library call that the kernel stands in for, where there is one.
+    """
 
     PARAMS: tuple[str, ...]
     """What a config chooses: names of block sizes and splits, then num_warps and num_stages."""

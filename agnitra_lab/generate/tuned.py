@@ -57,8 +57,9 @@ class TunedConfigs:
         self._exact: dict[Site, KernelConfig] = {}
         self._of_bucket: dict[Site, KernelConfig] = {}
         self._unsearched: set[Site] = set()
-        for site, config, is_searched in self._findings():
-            self._remember(site, config, is_searched=is_searched)
+        self._outdone: set[Site] = set()
+        for site, config, is_searched, is_outdone in self._findings():
+            self._remember(site, config, is_searched=is_searched, is_outdone=is_outdone)
 
     def get(self, site: Site) -> KernelConfig | None:
         """Return the config found for a site, or for its bucket where that is valid here; None for neither."""
@@ -73,7 +74,13 @@ class TunedConfigs:
         """Whether `get` answers with what a search chose, and not with the rule of thumb that was merely measured."""
         return site not in self._unsearched and self.get(site) is not None
 
-    def add(self, site: Site, config: KernelConfig, latency_ms: float, *, is_searched: bool = True) -> None:
+    def is_outdone(self, site: Site) -> bool:
+        """Whether a library was faster than the config that `get` answers with."""
+        return (site if site in self._exact else _bucket_of(site)) in self._outdone
+
+    def add(
+        self, site: Site, config: KernelConfig, latency_ms: float, *, is_searched: bool = True, is_outdone: bool = False
+    ) -> None:
         """Keep a finding. A folder that cannot be written costs the next run its search, and nothing else.
 
         Args:
@@ -81,11 +88,13 @@ class TunedConfigs:
             config: what was found.
             latency_ms: what it took.
             is_searched: False where nothing else was tried; such a finding is the site's own, and not its bucket's.
+            is_outdone: a library does the same in less.
         """
-        self._remember(site, config, is_searched=is_searched)
+        self._remember(site, config, is_searched=is_searched, is_outdone=is_outdone)
         row = {
             "site": site.key(), "params": config.params, "latency_us": round(latency_ms * 1e3, 4),
             "versions": self._versions, "kernel": kernel_sha256(site.template), "is_searched": is_searched,
+            "is_outdone": is_outdone,
         }  # fmt: skip
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,15 +102,17 @@ class TunedConfigs:
             with self.path.open("a") as file:
                 file.write(json.dumps(row, sort_keys=True) + "\n")
 
-    def _remember(self, site: Site, config: KernelConfig, *, is_searched: bool) -> None:
+    def _remember(self, site: Site, config: KernelConfig, *, is_searched: bool, is_outdone: bool) -> None:
         self._exact[site] = config
+        for place in (site, _bucket_of(site)) if is_searched else (site,):
+            (self._outdone.add if is_outdone else self._outdone.discard)(place)
         if is_searched:
             self._of_bucket[_bucket_of(site)] = config
             self._unsearched.discard(site)
         else:
             self._unsearched.add(site)
 
-    def _findings(self) -> Iterator[tuple[Site, KernelConfig, bool]]:
+    def _findings(self) -> Iterator[tuple[Site, KernelConfig, bool, bool]]:
         with contextlib.suppress(OSError):
             for line in self.path.read_text(errors="replace").splitlines():
                 try:
@@ -109,14 +120,14 @@ class TunedConfigs:
                 except (ValueError, KeyError, TypeError, AttributeError):
                     self.num_unreadable += 1
 
-    def _read(self, row: dict[str, Any]) -> Iterator[tuple[Site, KernelConfig, bool]]:
+    def _read(self, row: dict[str, Any]) -> Iterator[tuple[Site, KernelConfig, bool, bool]]:
         template, extents, dtype = row["site"].split("/")
         if row["versions"] != self._versions or template not in registry.TEMPLATES:
             return
         site = Site(template, tuple(int(extent) for extent in extents.split("x")), dtype)
         config = KernelConfig(template=template, params=row["params"])
         if row["kernel"] == kernel_sha256(template) and config in registry.load(template).space(*_key(site)).configs:
-            yield site, config, row.get("is_searched", True) is True
+            yield site, config, row.get("is_searched", True) is True, row.get("is_outdone", False) is True
 
 
 def kernel_sha256(template: str) -> str:

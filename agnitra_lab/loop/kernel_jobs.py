@@ -89,6 +89,17 @@ def measure(
     return Measurement(latency_ms=median(samples_ms), samples_ms=samples_ms, is_aborted=is_cut, detail=detail)
 
 
+def measure_library(site: Site, device: str, turns_file: Path | None = None) -> Measurement:
+    """Time the library call that the site's kernel stands in for, as `measure` times a config."""
+    if turns_file != shared_file():
+        take_turns(turns_file)
+    arguments, options, _ = _example(site, device)
+    library = vars(registry.load(site.template))["library"]
+    with torch.no_grad():
+        samples_ms, _ = sample_kernel(lambda: library(*arguments, **options), device=device)
+    return Measurement(latency_ms=median(samples_ms), samples_ms=samples_ms)
+
+
 def _example(site: Site, device: str) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     key = f"{site.key()}/{device}"
     if key not in _examples:

@@ -119,6 +119,14 @@ class KernelLab:
 
         return measured
 
+    def library_ms(self, site: Site) -> float | None:
+        """Return what the library takes for what the site's kernel computes; None where it could not be measured."""
+        outcome = self._worker.run(
+            f"{_JOBS}:measure_library", (site, self._device, shared_file()),
+            name=f"{site.key()} by the library", deadline_s=_DEADLINE_S,
+        )  # fmt: skip
+        return as_measurement(outcome.value).latency_ms if outcome.status == "ok" else None
+
     def close(self) -> None:
         """End the processes."""
         if self._compilers is not None:

@@ -186,6 +186,16 @@ def test_a_norm_that_only_products_read_goes_into_them(function, dtype):
     assert one(log)["is_norm_fused"] is True
 
 
+def test_a_norm_stays_before_a_product_whose_kernel_would_norm_x_for_each_tile(monkeypatch):
+    def through_stages(template: str, shape: tuple[int, ...], dtype: str) -> Kernel:
+        config = KernelConfig(template=template, params={"BLOCK_N": 16, "num_stages": 4})
+        return Kernel(config, "", "0" * 64, registry.load(template).reference)
+
+    monkeypatch.setitem(globals(), "kernel_of", through_stages)
+    model = nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, OUT))
+    assert one(applied(model, torch.randn(12, WIDTH)))["is_norm_fused"] is False
+
+
 def test_two_products_of_one_norm_each_compute_it():
     log = applied(Net(lambda m, x: m.plain(m.norm(x)) * m.biased(m.norm(x))), X)
     assert [descriptor.config["is_norm_fused"] for descriptor in log.descriptors] == [True, True]

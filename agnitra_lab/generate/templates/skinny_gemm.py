@@ -1,8 +1,9 @@
 """act(norm(x) @ W^T + bias) + residual for few rows of x: the weight is read once, at the speed of memory.
 
-Up to MOST_REDUCED_ROWS rows of x, a program keeps whole rows of W in registers: all its loads are in flight before the
-first multiplication. Above, W passes through a pipeline of shared memory into tensor cores, as their A operand, with x
-padded to 16 columns. SPLIT cuts K into parts whose fp32 sums are added in order by a second kernel, without atomics.
+With num_stages=1, up to MOST_REDUCED_ROWS rows of x, a program keeps whole rows of W in registers: all its loads are
+in flight before the first multiplication. With more, W passes through a pipeline of shared memory into tensor cores, as
+their A operand, with x padded to 16 columns; that form takes two rows and more. SPLIT cuts K into parts whose fp32 sums
+are added in order by a second kernel, without atomics.
 
 x is tiny and stays in the caches, so each program norms the row again instead of waiting for a kernel that does. Values
 are rounded where separate ops round them: after the norm (on tensor cores; in registers its scale multiplies the sum,
@@ -27,7 +28,7 @@ from agnitra_lab.generate.templates.skinny_gemm_kernels import activate, combine
 
 PARAMS = ("BLOCK_N", "BLOCK_K", "SPLIT", "PDL", "num_warps", "num_stages")
 MAX_ROWS = 16
-MOST_REDUCED_ROWS = 4
+MOST_REDUCED_ROWS = 8
 MOST_TILES = 32
 """Tiles of K that a program loads by unrolled code; registers end before."""
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid")
@@ -67,7 +68,7 @@ def _run(
         partial = torch.empty((split, num_rows, weight.shape[0]), dtype=torch.float32, device=x.device)
     num_all_tiles = -(-num_cols // block_k)
     num_tiles = -(-num_all_tiles // split)
-    is_reduced = num_rows <= MOST_REDUCED_ROWS
+    is_reduced = num_stages == 1
     after: dict[str, Any] = {
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
@@ -78,7 +79,9 @@ def _run(
     }
     if after["PDL"] == 2:
         after["launch_pdl"] = True
-    own: dict[str, Any] = {"NUM_ROWS": num_rows, "NUM_ALL_TILES": num_all_tiles}
+    row_bytes = num_tiles * block_k * x.element_size() // (32 * num_warps)
+    rows_at_once = max(1, min(num_rows, _BYTES_OF_X // max(row_bytes, 1)))
+    own: dict[str, Any] = {"NUM_ROWS": num_rows, "ROWS_AT_ONCE": rows_at_once, "NUM_ALL_TILES": num_all_tiles}
     if not is_reduced:
         own = {"NUM_STAGES": num_stages, "CAST_BEFORE_WEIGHT": norm[1]}
     smallest = 1 if is_reduced else 16
@@ -99,6 +102,8 @@ def _run(
     return out
 
 
+_BYTES_OF_X = 192
+"""Of x in a thread's registers at once, beside its part of W; rows that do not fit are read in turns."""
 _COMBINED = 256
 """Columns of the result that a program of the second kernel adds."""
 
@@ -233,7 +238,7 @@ def _is_valid_product(point: dict[str, int], num_cols: int, dtype: str) -> bool:
     stage_bytes = (point["BLOCK_N"] + MAX_ROWS) * row_bytes
     return (
         row_bytes in (256, 512)
-        and point["num_warps"] in _WARPS_OF_PRODUCT[point["BLOCK_N"]]
+        and point["num_warps"] in _WARPS_OF_PRODUCT.get(point["BLOCK_N"], ())
         and point["num_stages"] * stage_bytes <= _SHARED_MEMORY_BYTES
         and (point["SPLIT"] == 1 or 2 * point["SPLIT"] * point["BLOCK_K"] <= num_cols)
     )
@@ -244,10 +249,22 @@ _WARPS_OF_PRODUCT = {16: (2, 4), 32: (2, 4), 64: (4,), 128: (4, 8)}
 
 def _is_fallback(point: dict[str, int], num_rows: int, num_cols: int) -> bool:
     """One config for what the rules leave without any, such as very short rows; none for rows past all registers."""
-    if num_rows <= MOST_REDUCED_ROWS and num_cols > MOST_TILES * 4096:
+    if num_rows == 1 and num_cols > MOST_TILES * 4096:
         return False
-    wanted = (1, 4096, 1, 8, 1) if num_rows <= MOST_REDUCED_ROWS else (16, 64, 1, 4, 3)
+    wanted = (1, 4096, 1, 8, 1) if num_rows == 1 else (16, 64, 1, 4, 3)
     return tuple(point[name] for name in PARAMS if name != "PDL") == wanted
+
+
+# What PDL saves lies between kernels, which a search of one kernel cannot see: the rule decides it. The chain of a 1.1B
+# decoder's token took 0.680 ms with it and 0.717 without on one H200.
+_REDUCTION: dict[str, tuple[int, ...]] = {
+    "BLOCK_N": (1, 2, 4, 8, 16), "BLOCK_K": (128, 256, 512, 1024, 2048, 4096), "SPLIT": (1, 2, 4), "PDL": (2,),
+    "num_warps": (1, 2, 4, 8, 16), "num_stages": (1,),
+}  # fmt: skip
+_PRODUCT: dict[str, tuple[int, ...]] = {
+    "BLOCK_N": (16, 32, 64, 128), "BLOCK_K": (64, 128, 256), "SPLIT": (1, 2, 4), "PDL": (2,), "num_warps": (2, 4, 8),
+    "num_stages": (3, 4, 6),
+}  # fmt: skip
 
 
 def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
@@ -263,24 +280,15 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
     if shape and min(shape) >= 1 and (len(shape) != 3 or shape[0] > MAX_ROWS):
         raise TemplateError(f"skinny_gemm needs a shape (M, N, K) with M at most {MAX_ROWS}, not {tuple(shape)}.")
     num_rows, num_weight_rows, num_cols = shape if len(shape) == 3 else (1, 1, 1)
-    is_reduced = num_rows <= MOST_REDUCED_ROWS
-    is_valid = _is_valid_reduction if is_reduced else _is_valid_product
 
     def is_wanted(point: dict[str, int]) -> bool:
+        is_valid = _is_valid_reduction if point["num_stages"] == 1 else _is_valid_product
         num_programs = -(-num_weight_rows // point["BLOCK_N"])
         is_split_useful = point["SPLIT"] == 1 or num_programs < _NUM_PROGRAMS_FOR_ONE_WAVE
         return is_split_useful and is_valid(point, num_cols, dtype)
 
-    params: dict[str, tuple[int, ...]] = {
-        "BLOCK_N": (1, 2, 4, 8, 16) if is_reduced else (16, 32, 64, 128),
-        "BLOCK_K": (128, 256, 512, 1024, 2048, 4096) if is_reduced else (64, 128, 256),
-        "SPLIT": (1, 2, 4),
-        # What it saves lies between kernels, which a search of one kernel cannot see: the rule decides it. The chain
-        # of a 1.1B decoder's token took 0.680 ms with it and 0.717 without on one H200.
-        "PDL": (2,),
-        "num_warps": (1, 2, 4, 8, 16) if is_reduced else (2, 4, 8),
-        "num_stages": (1,) if is_reduced else (3, 4, 6),
-    }
+    forms = [*([_REDUCTION] if num_rows <= MOST_REDUCED_ROWS else []), *([_PRODUCT] if num_rows > 1 else [])]
+    params = {name: tuple(sorted({value for form in forms for value in form[name]})) for name in PARAMS}
     found = enumerate_space("skinny_gemm", shape, dtype, params, is_wanted)
     if found.configs:
         return found
@@ -310,8 +318,13 @@ def default(shape: tuple[int, ...], dtype: str) -> dict[str, int]:
 
 
 def is_ruled(shape: tuple[int, ...]) -> bool:
-    """Whether `default` is to be used as it is: rows in registers were chosen in a chain of dependent launches."""
-    return shape[0] <= MOST_REDUCED_ROWS
+    """Whether `default` is to be used as it is: for one row it was chosen in a chain of dependent launches."""
+    return shape[0] == 1
+
+
+def library(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product as the vendor's library computes it; what it would be fused with is not in it."""
+    return torch.nn.functional.linear(x, weight)
 
 
 def example(shape: tuple[int, ...], dtype: str, device: torch.device | str) -> tuple[tuple[object, ...], dict]:

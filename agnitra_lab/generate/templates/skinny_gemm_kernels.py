@@ -70,6 +70,7 @@ def reduce(
     stride_rm,
     eps,
     NUM_ROWS: tl.constexpr,
+    ROWS_AT_ONCE: tl.constexpr,
     NUM_TILES: tl.constexpr,
     NUM_ALL_TILES: tl.constexpr,
     IS_EVEN: tl.constexpr,
@@ -120,43 +121,57 @@ def reduce(
     if PDL == 2:
         tl.extra.cuda.gdc_wait()
 
-    for m in tl.static_range(NUM_ROWS):
-        x_row = x_ptr + m * stride_xm
+    # All sums before the first store: past it, no load may be moved ahead, and each row of x would be waited for alone.
+    residuals = ()
+    if HAS_RESIDUAL and SPLIT == 1:
+        for m in tl.static_range(NUM_ROWS):
+            residuals += (tl.load(residual_ptr + m * stride_rm + offs_n, mask=mask_n, other=0.0),)
+    sums = ()
+    up_sums = ()
+    for first in tl.static_range(0, NUM_ROWS, ROWS_AT_ONCE):
         x_tiles = ()
-        for t in tl.static_range(NUM_TILES):
-            cols = (first_tile + t) * BLOCK_K + offs_k
-            x_tiles += (tl.load(x_row + cols, mask=cols < num_cols, other=0.0),)
-        residual = 0.0
-        if HAS_RESIDUAL and SPLIT == 1:
-            residual = tl.load(residual_ptr + m * stride_rm + offs_n, mask=mask_n, other=0.0)
-        scale = 1.0
-        if HAS_NORM:
-            squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
-            for t in tl.static_range(NUM_ALL_TILES):
-                if SPLIT == 1:
-                    x = x_tiles[t].to(tl.float32)
-                else:
-                    cols = t * BLOCK_K + offs_k
-                    x = tl.load(x_row + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
-                squares += x * x
-            scale = tl.rsqrt(tl.sum(squares, axis=0) / num_cols + tl.cast(eps, tl.float32))
-        acc = tl.zeros((OUTS, BLOCK_K), dtype=tl.float32)
-        up_acc = acc
-        for t in tl.static_range(NUM_TILES):
-            x = x_tiles[t].to(tl.float32)
-            if HAS_NORM:
-                x = x * norm_tiles[t].to(tl.float32)
-            acc += tiles[t].to(tl.float32) * x[None, :]
-            if GATED != 0:
-                up_acc += up_tiles[t].to(tl.float32) * x[None, :]
-        y = tl.sum(acc, axis=1)
+        for i in tl.static_range(ROWS_AT_ONCE):
+            if first + i < NUM_ROWS:
+                for t in tl.static_range(NUM_TILES):
+                    cols = (first_tile + t) * BLOCK_K + offs_k
+                    x_tiles += (tl.load(x_ptr + (first + i) * stride_xm + cols, mask=cols < num_cols, other=0.0),)
+        for i in tl.static_range(ROWS_AT_ONCE):
+            if first + i < NUM_ROWS:
+                scale = 1.0
+                if HAS_NORM:
+                    squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
+                    for t in tl.static_range(NUM_ALL_TILES):
+                        if SPLIT == 1:
+                            x = x_tiles[i * NUM_TILES + t].to(tl.float32)
+                        else:
+                            cols = t * BLOCK_K + offs_k
+                            x = tl.load(x_ptr + (first + i) * stride_xm + cols, mask=cols < num_cols, other=0.0)
+                            x = x.to(tl.float32)
+                        squares += x * x
+                    scale = tl.rsqrt(tl.sum(squares, axis=0) / num_cols + tl.cast(eps, tl.float32))
+                acc = tl.zeros((OUTS, BLOCK_K), dtype=tl.float32)
+                up_acc = acc
+                for t in tl.static_range(NUM_TILES):
+                    x = x_tiles[i * NUM_TILES + t].to(tl.float32)
+                    if HAS_NORM:
+                        x = x * norm_tiles[t].to(tl.float32)
+                    acc += tiles[t].to(tl.float32) * x[None, :]
+                    if GATED != 0:
+                        up_acc += up_tiles[t].to(tl.float32) * x[None, :]
+                # A factor of the whole row, so it may come last: the products then do not wait for the sum of squares.
+                sums += (tl.sum(acc, axis=1) * scale,)
+                if GATED != 0:
+                    up_sums += (tl.sum(up_acc, axis=1) * scale,)
+
+    for m in tl.static_range(NUM_ROWS):
+        y = sums[m]
         up = y
         if GATED != 0:
-            up = tl.sum(up_acc, axis=1)
-        # A factor of the whole row, so it may come last: the products then do not wait for the sum of squares.
-        y *= scale
-        up *= scale
+            up = up_sums[m]
         if SPLIT == 1:
+            residual = 0.0
+            if HAS_RESIDUAL:
+                residual = residuals[m]
             y = finish(y, up, bias, up_bias, residual, dtype, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED)
             tl.store(out_ptr + m * num_out + offs_n, y, mask=mask_n)
         else:

@@ -25,7 +25,14 @@ TYPES = {
     "eps": "fp32", "q_eps": "fp32", "k_eps": "fp32", "scale": "fp32", "num_rows": "i32", "mask_ptr": "*i1",
     "position_ptr": "*i64",
 }  # fmt: skip
-WHOLE_ROWS = FLAGS | {"NUM_ROWS": 1, "NUM_TILES": 2, "NUM_ALL_TILES": 2, "BLOCK_N": 4, "BLOCK_K": 1024}
+WHOLE_ROWS = FLAGS | {
+    "NUM_ROWS": 1,
+    "ROWS_AT_ONCE": 1,
+    "NUM_TILES": 2,
+    "NUM_ALL_TILES": 2,
+    "BLOCK_N": 4,
+    "BLOCK_K": 1024,
+}
 
 
 def compiled(kernel, constants: dict, *, num_warps: int = 4, num_stages: int = 3, dtype: str = "bf16"):

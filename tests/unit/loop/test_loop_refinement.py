@@ -30,8 +30,12 @@ NORM, GATE = Site("rms_norm", (4096, 2048), "bfloat16"), Site("swiglu", (4096, 5
 class Lab:
     """Answers in place of a device: a time that falls with the number of warps, or a failure."""
 
-    def __init__(self, fails=()):
-        self.fails, self.measured, self.prepared = fails, [], []
+    def __init__(self, fails=(), library_lead_ms=None):
+        self.fails, self.library_lead_ms, self.measured, self.prepared = fails, library_lead_ms, [], []
+
+    def library_ms(self, site):
+        best_ms = min(1.0 / config.params["num_warps"] for at, config in self.measured if at == site)
+        return None if self.library_lead_ms is None else best_ms - self.library_lead_ms
 
     def prepare(self, site, configs):
         self.prepared.append((site, list(configs), len(self.measured)))
@@ -100,6 +104,22 @@ def test_a_site_where_everything_fails_is_refused_and_the_next_one_searched(tmp_
     assert stage.refused == {NORM}
     assert set(stage.tuned) == {GATE}
     assert "SIGSEGV" in notes[0]
+
+
+def test_where_the_library_is_faster_by_more_than_a_launch_the_site_keeps_its_own_op_in_later_runs_too(tmp_path):
+    step = Site("skinny_gemm", (4, 2048, 2048), "bfloat16")
+    stage, _, notes = refine(tmp_path, Lab(library_lead_ms=0.003), step)
+    assert (stage.refused, stage.tuned) == ({step}, {})
+    assert "; the library takes" in notes[0]
+    later, results, notes = refine(tmp_path, Lab(), step)
+    assert (later.refused, later.tuned, results) == ({step}, {}, [])
+    assert "the library was faster in an earlier run" in notes[0]
+
+
+def test_a_kernel_may_take_as_much_longer_than_the_library_as_the_launch_that_it_spares(tmp_path):
+    step = Site("skinny_gemm", (4, 2048, 2048), "bfloat16")
+    stage, _, _ = refine(tmp_path, Lab(library_lead_ms=0.001), step)
+    assert (stage.refused, set(stage.tuned)) == (set(), {step})
 
 
 def test_without_budget_the_rule_of_thumb_is_still_tried_before_it_is_used(tmp_path):
