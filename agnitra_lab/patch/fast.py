@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agnitra_lab.device.exclusive import exclusive
 from agnitra_lab.patch.direct import flat_inputs
+from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.weights import WeightGuard
 
 Run = Callable[[Sequence[Any]], Any]
@@ -22,7 +23,7 @@ class FastPath:
     """Runs a call past Dynamo, and never gives an answer of a model that has changed since.
 
     A call that writes nothing is launched first and checked while the device works: where the check then fails, its
-    outputs are thrown away. A call that writes state is checked before.
+    outputs are thrown away. A call that writes state is checked before, while the device copies a graph's inputs.
 
     Attributes:
         name: "direct" or "cuda_graph".
@@ -65,14 +66,28 @@ class FastPath:
         return self._checked(given)
 
     def _checked(self, given: Sequence[Any]) -> tuple[Any, str | None]:
-        outputs = self._run(given) if self._is_pure else None
+        if not self._is_pure:
+            return self._checked_before(given)
+        outputs = self._run(given)
         reason = self._difference()
         if reason is not None:
             return None, reason
         is_stale = self._refresh()
         if any(guard.is_broken for guard in self._guards):
             return None, "weights changed"
-        return (self._run(given) if is_stale or not self._is_pure else outputs), None
+        return (self._run(given) if is_stale else outputs), None
+
+    def _checked_before(self, given: Sequence[Any]) -> tuple[Any, str | None]:
+        graphed = self._run if isinstance(self._run, GraphedCall) else None
+        if graphed is not None:
+            graphed.load(given)
+        reason = self._difference()
+        if reason is not None:
+            return None, reason
+        self._refresh()
+        if any(guard.is_broken for guard in self._guards):
+            return None, "weights changed"
+        return (self._run(given) if graphed is None else graphed.replay()), None
 
     def _difference(self) -> str | None:
         for check in self._checks:

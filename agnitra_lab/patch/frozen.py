@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from operator import attrgetter, is_, itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
-_versions = attrgetter("_version")
+from agnitra_lab.patch.stamps import same_addresses, same_versions
 
 
 class FrozenWeights:
@@ -25,8 +25,8 @@ class FrozenWeights:
                     (table, name) for name, tensor in table.items() if tensor is not None and id(tensor) not in written
                 ]
         self._tensors = self._read()
-        self._versions = list(map(_versions, self._tensors))
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._is_unwritten = same_versions(self._tensors, [tensor._version for tensor in self._tensors])
+        self._is_in_place = same_addresses(self._tensors, list(map(Tensor.data_ptr, self._tensors)))
 
     def _read(self) -> list[Tensor]:
         return [itemgetter(name)(table) for table, name in self._slots]
@@ -37,10 +37,6 @@ class FrozenWeights:
             given = [table[name] for table, name in self._slots]
         except KeyError:
             return "weights changed"
-        if (
-            all(map(is_, given, self._tensors))
-            and list(map(_versions, given)) == self._versions
-            and list(map(Tensor.data_ptr, given)) == self._addresses
-        ):
+        if all(map(is_, given, self._tensors)) and self._is_unwritten() and self._is_in_place():
             return None
         return "weights changed"

@@ -76,11 +76,19 @@ class GraphedCall:
 
     def __call__(self, given: Sequence[Any]) -> Any:
         """Replay the call on new input leaves."""
+        self.load(given)
+        return self.replay()
+
+    def load(self, given: Sequence[Any]) -> None:
+        """Copy new input leaves to where the graph reads them; nothing that anyone else holds is written."""
         if len(self._positions) > _FEW_INPUTS:
             torch._foreach_copy_(self._static, [given[index] for index in self._positions])
         else:
             for static, index in zip(self._static, self._positions, strict=True):
                 static.copy_(given[index])
+
+    def replay(self) -> Any:
+        """Run the call on the leaves that were loaded last."""
         self._graph.replay()
         made = self._graph.tail() if self._graph.tail is not None else None
         leaves = [result(made) for result in self._results]

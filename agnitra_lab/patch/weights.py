@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agnitra_lab.patch.stamps import same_versions
+
 Build = Callable[..., Tensor]
 _versions = attrgetter("_version")
 
@@ -100,6 +102,7 @@ class WeightGuard:
         self._versions: list[int] = []
         self._addresses: list[int] = []
         self._sources: list[Tensor] = []
+        self._is_unwritten = same_versions((), ())
         self.num_refreshes = 0
 
     @property
@@ -123,6 +126,7 @@ class WeightGuard:
         self._sources = [source for weight, _ in self._entries for source in weight.sources]
         self._versions = [version for weight, _ in self._entries for version in weight.versions]
         self._addresses = [address for weight, _ in self._entries for address in weight.addresses]
+        self._is_unwritten = same_versions(self._sources, self._versions)
 
     def __call__(self, args: Sequence[Any]) -> None:
         """Refresh what is out of date; when nothing is, that costs three attribute reads a source weight."""
@@ -148,7 +152,7 @@ class WeightGuard:
         Returns:
             Whether anything was out of date.
         """
-        if list(map(_versions, self._sources)) == self._versions:
+        if self._is_unwritten():
             return False
         for weight, _ in self._entries:
             if not weight.is_current(weight.sources):

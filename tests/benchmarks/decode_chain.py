@@ -3,7 +3,8 @@
     python tests/benchmarks/decode_chain.py [--quick] [--only gemm chain attention step] [--change gate_up.BLOCK_N=4]
 
 `chain` is the products alone. `step` is the whole token: the products with rotation, cache and attention between them,
-once as Inductor's pointwise kernels and decode_attention, once as cached_attention.
+once as Inductor's pointwise kernels and decode_attention, once as cached_attention, whose parts are added by a second
+launch or by the last program; `alone` is that attention without the products.
 
 Weights and caches rotate past the L2 inside one CUDA graph, so that every read comes from memory. Each number stands
 beside the device copy that was measured first. Results are checked against torch; those of the whole token, where the
@@ -359,14 +360,16 @@ def one_attention(
 
 
 def step_configs() -> list[Params]:
-    """The rule of thumb for the 1.1B decoder's attention, and what lies around it."""
+    """The rule of thumb for the 1.1B decoder's attention and what lies around it, each with both ways to add parts."""
     shape = ATTENTIONS["1b"]
     start = dict(default_config("cached_attention", shape, str(DTYPE)).params)
     near = [
-        start | {"BLOCK_N": block_n, "SPLIT": split, "num_warps": num_warps}
+        start | {"COMBINE": combine, "BLOCK_N": block_n, "SPLIT": split, "num_warps": num_warps}
         for block_n, split, num_warps in (
-            (64, 16, 2), (32, 32, 4), (32, 32, 2), (32, 16, 4), (64, 8, 4), (128, 8, 4), (16, 64, 2), (16, 32, 2),
+            (64, 16, 4), (64, 16, 2), (32, 32, 4), (32, 32, 2), (32, 16, 4), (64, 8, 4), (128, 8, 4), (16, 64, 2),
+            (16, 32, 2),
         )
+        for combine in (1, 2)
     ]  # fmt: skip
     return list({json.dumps(params): params for params in [start, start | {"PDL": 1}, *near]}.values())
 
@@ -422,14 +425,75 @@ def parts_of(qkv: torch.Tensor) -> list[torch.Tensor]:
     return [part.view(1, 1, -1, size).transpose(1, 2) for part in parts]
 
 
-def step_figures(pool: ProcessPoolExecutor, copy: float, changes: Iterable[str]) -> dict[str, Any]:
-    """Time one token of the whole 1.1B decoder in our kernels, with the attention's step as several or as one.
+class Decoder:
+    """Weights, caches and products of the 1.1B decoder: one token, whatever attends.
 
     Args:
-        pool: compiles.
-        copy: the device's copy bandwidth in GB/s.
-        changes: "product.PARAM=value", of the rule of thumb's configs.
+        products: name in CHAIN -> the call of the product.
     """
+
+    def __init__(self, products: dict[str, Callable[..., Any]]) -> None:
+        self.products = products
+        self.layers = [
+            {name: random(*shape) * shape[1] ** -0.5 for name, (shape, _) in CHAIN.items() if name != "head"}
+            for _ in range(NUM_LAYERS)
+        ]
+        self.head, self.norm = random(*HEAD) * HEAD[1] ** -0.5, torch.ones(2048, device="cuda", dtype=DTYPE)
+        self.x = random(1, 1, 2048)
+        (*_, self.position, self.mask, self.cos, self.sin), self.options = step_case()
+        _, num_kv_heads, _, num_keys, size = ATTENTIONS["1b"]
+        self.caches = [[random(1, num_kv_heads, num_keys, size) for _ in range(2)] for _ in range(NUM_LAYERS)]
+        self.num_bytes = 2 * (HEAD[0] * HEAD[1] + NUM_LAYERS * sum(n * k for n, k in SHAPES_1B.values()))
+        self.num_bytes += NUM_LAYERS * 4 * num_kv_heads * num_keys * size
+
+    def token(self, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """Compute one token.
+
+        Args:
+            attend: takes q, k and v side by side, and the two caches.
+        """
+        h, normed = self.x, {"norm_weight": self.norm, "eps": EPS}
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            out = attend(self.products["qkv"](h, layer["qkv"], **normed), cache)
+            h = self.products["o"](out.transpose(1, 2).flatten(2), layer["o"], residual=h)
+            g = self.products["gate_up"](h, layer["gate_up"], **normed, gate="gate_first", activation="silu")
+            h = self.products["down"](g, layer["down"], residual=h)
+        return self.products["head"](h, self.head, **normed)
+
+    def in_one(self, params: Params) -> Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]:
+        """Return what attends by cached_attention with one config."""
+        call = kernel("cached_attention", params)
+
+        def attend(qkv: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+            return call(*parts_of(qkv), *cache, self.position, self.mask, self.cos, self.sin, **self.options)
+
+        return attend
+
+    def exact(self) -> torch.Tensor:
+        """Compute the token in fp64."""
+        others = (self.cos, self.sin, self.mask)
+        return exact_token(self.x, self.layers, self.head, self.norm, self.caches, others)
+
+
+def attend_alone(params: Params) -> float:
+    """Median device time of one attention of one token in us, each after the one before, over rotating caches."""
+    (q, k, v, *_, position, mask, cos, sin), options = step_case()
+    shape = (1, *ATTENTIONS["1b"][1:2], *ATTENTIONS["1b"][3:])
+    num_caches = -(-CACHE_BYTES // (4 * shape[1] * shape[2] * shape[3]))
+    caches = [[random(*shape) for _ in range(2)] for _ in range(num_caches)]
+    call = kernel("cached_attention", params)
+
+    def chain() -> torch.Tensor:
+        h = q
+        for cache in caches:
+            h = call(h, k, v, *cache, position, mask, cos, sin, **options)
+        return h
+
+    return graph_us(chain, num_caches)
+
+
+def step_products(changes: Iterable[str]) -> dict[str, Params]:
+    """The rule of thumb's configs of the products, with "product.PARAM=value" changes."""
     best = {
         name: dict(default_config("skinny_gemm", (1, *shape), str(DTYPE)).params) for name, (shape, _) in CHAIN.items()
     }
@@ -439,62 +503,60 @@ def step_figures(pool: ProcessPoolExecutor, copy: float, changes: Iterable[str])
         if param not in best.get(name, {}) or not value.isdigit():
             raise SystemExit(f"--change takes one of {', '.join(best)}, a dot, a parameter, = and a number: {change!r}")
         best[name][param] = int(value)
+    return best
+
+
+def step_figures(pool: ProcessPoolExecutor, copy: float, changes: Iterable[str]) -> dict[str, Any]:
+    """Time one token of the whole 1.1B decoder in our kernels, with the attention's step as several or as one.
+
+    Args:
+        pool: compiles.
+        copy: the device's copy bandwidth in GB/s.
+        changes: of the products' configs.
+    """
+    best = step_products(changes)
     compile_all(pool, warm_gemm, [(1, *shape, best[name], flags) for name, (shape, flags) in CHAIN.items()])
     attention = dict(default_config("decode_attention", ATTENTIONS["1b"], str(DTYPE)).params)
     compile_all(pool, warm_attention, [(ATTENTIONS["1b"], attention)])
     configs = compile_all(pool, warm_step, step_configs())
-    products = {name: kernel("skinny_gemm", params) for name, params in best.items()}
-    layers = [
-        {name: random(*shape) * shape[1] ** -0.5 for name, (shape, _) in CHAIN.items() if name != "head"}
-        for _ in range(NUM_LAYERS)
-    ]
-    head, norm, x = random(*HEAD) * HEAD[1] ** -0.5, torch.ones(2048, device="cuda", dtype=DTYPE), random(1, 1, 2048)
-    (*_, position, mask, cos, sin), options = step_case()
-    _, num_kv_heads, _, num_keys, size = ATTENTIONS["1b"]
-    caches = [[random(1, num_kv_heads, num_keys, size) for _ in range(2)] for _ in range(NUM_LAYERS)]
-
-    def token(attend: Callable[..., torch.Tensor]) -> torch.Tensor:
-        h, normed = x, {"norm_weight": norm, "eps": EPS}
-        for layer, cache in zip(layers, caches, strict=True):
-            out = attend(products["qkv"](h, layer["qkv"], **normed), cache)
-            h = products["o"](out.transpose(1, 2).flatten(2), layer["o"], residual=h)
-            g = products["gate_up"](h, layer["gate_up"], **normed, gate="gate_first", activation="silu")
-            h = products["down"](g, layer["down"], residual=h)
-        return products["head"](h, head, **normed)
-
+    decoder = Decoder({name: kernel("skinny_gemm", params) for name, params in best.items()})
     pointwise, split = torch.compile(prepare, fullgraph=True), kernel("decode_attention", attention)
 
     def in_several(qkv: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
-        return split(pointwise(qkv, cos, sin, position, *cache), *cache, mask)
+        return split(pointwise(qkv, decoder.cos, decoder.sin, decoder.position, *cache), *cache, decoder.mask)
 
-    num_bytes = 2 * (HEAD[0] * HEAD[1] + NUM_LAYERS * sum(n * k for n, k in SHAPES_1B.values()))
-    num_bytes += NUM_LAYERS * 4 * num_kv_heads * num_keys * size
-    figures: dict[str, Any] = {"step_limit_ms": num_bytes / copy / 1e6}
-    exact = exact_token(x, layers, head, norm, caches, (cos, sin, mask))
-    allowed = 1.25 * error(token(in_several), exact)
+    figures: dict[str, Any] = {"step_limit_ms": decoder.num_bytes / copy / 1e6}
+    exact = decoder.exact()
+    allowed = 1.25 * error(decoder.token(in_several), exact)
     figures["step_in_several_error"] = allowed / 1.25
-    figures["step_in_several_ms"] = graph_us(lambda: token(in_several), 1) / 1e3
-    figures["step_products_ms"] = graph_us(lambda: token(lambda qkv, cache: parts_of(qkv)[0]), 1) / 1e3
+    figures["step_in_several_ms"] = graph_us(lambda: decoder.token(in_several), 1) / 1e3
+    figures["step_products_ms"] = graph_us(lambda: decoder.token(lambda qkv, cache: parts_of(qkv)[0]), 1) / 1e3
     print(figures, flush=True)
-    timed = []
+    timed: dict[int, list[tuple[float, float, Params]]] = {1: [], 2: []}
     for params in configs:
-        call = kernel("cached_attention", params)
-
-        def in_one(qkv: torch.Tensor, cache: list[torch.Tensor], call: Any = call) -> torch.Tensor:
-            return call(*parts_of(qkv), *cache, position, mask, cos, sin, **options)
-
-        found = error(token(in_one), exact)
+        in_one = decoder.in_one(params)
+        found = error(decoder.token(in_one), exact)
         problem = None if found <= allowed else f"WRONG: error {found:.2e}, allowed {allowed:.2e}"
-        timed.append((graph_us(lambda run=in_one: token(run), 1) / 1e3, params))
-        print(f"step {compact(params):60s} {timed[-1][0]:.4f} ms {problem or 'agrees'}", flush=True)
+        time_ms, alone_us = graph_us(lambda run=in_one: decoder.token(run), 1) / 1e3, attend_alone(params)
+        print(
+            f"step {compact(params):72s} {time_ms:.4f} ms, alone {alone_us:.2f} us, {problem or 'agrees'}", flush=True
+        )
         if params["PDL"] == 1:
-            figures["step_in_one_no_pdl_ms"] = timed.pop()[0]
-        elif len(timed) == 1:
-            figures["step_in_one_default_ms"] = timed[0][0]
-            figures["step_kernels_us"] = kernel_times(lambda run=in_one: token(run))
-    figures["step_in_several_kernels_us"] = kernel_times(lambda: token(in_several))
-    again = graph_us(lambda: token(in_several), 1) / 1e3
-    fastest, params = min(timed, key=lambda pair: pair[0])
+            figures["step_in_one_no_pdl_ms"] = time_ms
+        elif problem is None:
+            timed[params["COMBINE"]].append((time_ms, alone_us, params))
+        if params == configs[0]:
+            figures |= {"step_in_one_default_ms": time_ms, "step_config_default": compact(params)}
+    for name, rows in (("launch", timed[1]), ("last", timed[2])):
+        if rows:
+            time_ms, alone_us, params = min(rows, key=lambda row: row[0])
+            in_one = decoder.in_one(params)
+            figures |= {f"step_{name}_ms": time_ms, f"step_{name}_alone_us": alone_us}
+            figures |= {f"step_{name}_config": compact(params)}
+            figures[f"step_{name}_kernels_us"] = kernel_times(lambda run=in_one: decoder.token(run))
+    figures["step_in_several_kernels_us"] = kernel_times(lambda: decoder.token(in_several))
+    again = graph_us(lambda: decoder.token(in_several), 1) / 1e3
+    fastest, _, params = min(itertools.chain(*timed.values()), key=lambda row: row[0])
     return figures | {"step_in_several_again_ms": again, "step_in_one_ms": fastest, "step_config": compact(params)}
 
 

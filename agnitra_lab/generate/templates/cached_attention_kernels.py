@@ -1,13 +1,15 @@
-"""The Triton functions of the template cached_attention: the new token's rotation, attention over a part, the sum.
+"""The Triton functions of the template cached_attention: the new token's rotation, and attention over a part.
 
 FORM is how pairs lie in a head: 0 no rotation, 1 the halves of the first ROTARY values, 2 neighbours. ANGLES is what of
-a row of cos and sin belongs to value d: 0 d itself, 1 d modulo ROTARY / 2, 2 d / 2.
+a row of cos and sin belongs to value d: 0 d itself, 1 d modulo ROTARY / 2, 2 d / 2. COMBINE is who adds the parts: 1
+another launch, 2 the last program of a key/value head to arrive.
 """
 
 import triton
 import triton.language as tl
 
-from agnitra_lab.generate.templates.attention_blocks import keys, seen
+from agnitra_lab.generate.templates.arrivals import is_last
+from agnitra_lab.generate.templates.attention_blocks import join, keys, seen
 
 
 @triton.jit
@@ -107,6 +109,7 @@ def attend(
     out_ptr,
     partial_ptr,
     stats_ptr,
+    count_ptr,
     num_kv_heads,
     num_keys,
     keys_per_part,
@@ -156,7 +159,10 @@ def attend(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     SPLIT: tl.constexpr,
+    COMBINE: tl.constexpr,
     PDL: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -277,47 +283,10 @@ def attend(
         tl.store(partial_ptr + row[:, None] * HEAD_SIZE + offs_d[None, :], acc, mask=mask_out)
         tl.store(stats_ptr + row * 2, highest, mask=mask_r)
         tl.store(stats_ptr + row * 2 + 1, total, mask=mask_r)
-
-
-@triton.jit
-def add_parts(
-    partial_ptr,
-    stats_ptr,
-    out_ptr,
-    num_kv_heads,
-    stride_ob,
-    stride_oh,
-    stride_ol,
-    NUM_QUERIES: tl.constexpr,
-    NUM_R: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Add up what the parts of the keys gave one row, each by its share of the exponentials."""
-    row = tl.program_id(0)
-    r = row % NUM_R
-    batch = (row // NUM_R // num_kv_heads).to(tl.int64)
-    head = (row // NUM_R) % num_kv_heads * (NUM_R // NUM_QUERIES) + r // NUM_QUERIES
-    offs_p = tl.arange(0, BLOCK_P)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_p = offs_p < SPLIT
-    mask_d = offs_d < HEAD_SIZE
-    parts = row.to(tl.int64) * SPLIT + offs_p
-    if PDL == 2:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    highest = tl.load(stats_ptr + parts * 2, mask=mask_p, other=float("-inf"))
-    total = tl.load(stats_ptr + parts * 2 + 1, mask=mask_p, other=0.0)
-    acc = tl.load(
-        partial_ptr + parts[:, None] * HEAD_SIZE + offs_d[None, :], mask=mask_p[:, None] & mask_d[None, :], other=0.0
-    )
-    base = tl.max(highest, axis=0)
-    base = tl.where(base == float("-inf"), 0.0, base)
-    share = tl.exp2(highest - base)
-    total = tl.sum(total * share, axis=0)
-    out = tl.sum(acc * share[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
-    out_row = out_ptr + batch * stride_ob + head * stride_oh + (r % NUM_QUERIES) * stride_ol
-    tl.store(out_row + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
+        if COMBINE == 2:
+            group = tl.program_id(0)
+            if is_last(count_ptr + group, SPLIT):
+                join(
+                    partial_ptr, stats_ptr, out_ptr, group, tl.arange(0, BLOCK_O), num_kv_heads,
+                    stride_ob, stride_oh, stride_ol, NUM_QUERIES, NUM_R, HEAD_SIZE, BLOCK_D, BLOCK_P, SPLIT,
+                )  # fmt: skip

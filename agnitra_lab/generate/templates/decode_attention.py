@@ -19,7 +19,7 @@ from torch.library import triton_op, wrap_triton
 
 from agnitra_lab.contracts.search import SearchSpace
 from agnitra_lab.generate.points import check_call, drawer, itemsize, next_power_of_two
-from agnitra_lab.generate.templates.attention_blocks import keys, seen
+from agnitra_lab.generate.templates.attention_blocks import add_parts, join, keys, seen
 from agnitra_lab.generate.templates.attention_points import (
     MAX_HEAD_SIZE,
     MAX_QUERIES,
@@ -115,46 +115,7 @@ def _attend(
         tl.store(stats_ptr + row * 2 + 1, total, mask=mask_r)
 
 
-@triton.jit
-def _combine(
-    partial_ptr,
-    stats_ptr,
-    out_ptr,
-    num_kv_heads,
-    stride_ob,
-    stride_oh,
-    stride_ol,
-    NUM_QUERIES: tl.constexpr,
-    NUM_R: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    row = tl.program_id(0)
-    r = row % NUM_R
-    batch = (row // NUM_R // num_kv_heads).to(tl.int64)
-    head = (row // NUM_R) % num_kv_heads * (NUM_R // NUM_QUERIES) + r // NUM_QUERIES
-    offs_p = tl.arange(0, BLOCK_P)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_p = offs_p < SPLIT
-    mask_d = offs_d < HEAD_SIZE
-    parts = row.to(tl.int64) * SPLIT + offs_p
-    highest = tl.load(stats_ptr + parts * 2, mask=mask_p, other=float("-inf"))
-    total = tl.load(stats_ptr + parts * 2 + 1, mask=mask_p, other=0.0)
-    acc = tl.load(
-        partial_ptr + parts[:, None] * HEAD_SIZE + offs_d[None, :], mask=mask_p[:, None] & mask_d[None, :], other=0.0
-    )
-    base = tl.max(highest, axis=0)
-    base = tl.where(base == float("-inf"), 0.0, base)
-    share = tl.exp2(highest - base)
-    total = tl.sum(total * share, axis=0)
-    out = tl.sum(acc * share[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
-    out_row = out_ptr + batch * stride_ob + head * stride_oh + (r % NUM_QUERIES) * stride_ol
-    tl.store(out_row + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
-
-
-kernel = (keys, seen, _attend, _combine)
+kernel = (keys, seen, join, _attend, add_parts)
 _IS_COMPILED = isinstance(_attend, triton.JITFunction)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASK_DTYPES = (torch.bool, *_DTYPES)
@@ -203,9 +164,9 @@ def _decode_attention(
         num_warps=num_warps, num_stages=num_stages, **sizes,
     )  # fmt: skip
     if split > 1:
-        launcher(_combine)[(batch * num_kv_heads * num_r,)](
+        launcher(add_parts)[(batch * num_kv_heads * num_r,)](
             partial, stats, out, num_kv_heads, *out.stride()[:3],
-            BLOCK_P=next_power_of_two(split), num_warps=4, **sizes,
+            BLOCK_P=next_power_of_two(split), PDL=1, num_warps=4, **sizes,
         )  # fmt: skip
     return out
 
