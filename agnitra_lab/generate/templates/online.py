@@ -13,10 +13,11 @@ import triton.language as tl
 @triton.jit
 def lane_sum(s, AXIS: tl.constexpr, IS_FP32: tl.constexpr):
     # Every value of a row is divided by its sum, so all of them have its error. In fp32 the last additions of the tree
-    # alone make it 0.4 units in the last place (RMS), as much as torch's, and which of the two is larger is chance.
+    # alone make it 0.4 units in the last place (RMS), as much as torch's, and which of the two is larger is chance; its
+    # own rounding is another 0.3. So for fp32 rows it is, and stays, fp64.
     if IS_FP32:
         s = s.to(tl.float64)
-    return tl.sum(s, axis=AXIS, keep_dims=AXIS == 1).to(tl.float32)
+    return tl.sum(s, axis=AXIS, keep_dims=AXIS == 1)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from agnitra_lab.generate.templates.skinny_gemm_kernels import activate, combine
 
 PARAMS = ("BLOCK_N", "BLOCK_K", "SPLIT", "PDL", "num_warps", "num_stages")
 MAX_ROWS = 16
-MOST_REDUCED_ROWS = 8
+MOST_REDUCED_ROWS = 4
 MOST_TILES = 32
 """Tiles of K that a program loads by unrolled code; registers end before."""
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid")

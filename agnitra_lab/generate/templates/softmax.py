@@ -56,15 +56,18 @@ def _exp_f32(x):
 
 @triton.jit
 def _result(x, m, s, IS_LOG: tl.constexpr, IS_FP32: tl.constexpr):
+    rounded = s.to(tl.float32)
     if IS_LOG:
-        out = x - m - tl.log(s)
+        out = x - m - tl.log(rounded)
     else:
-        inverse = 1.0 / s
+        inverse = 1.0 / rounded
         if IS_FP32:
             power = _exp_f32(x - m)
             quotient = power * inverse
-            # A step of Newton's makes it as good as a division.
-            out = tl.fma(tl.fma(-quotient, s, power), inverse, quotient)
+            # A step of Newton's makes it as good as a division, by the sum as it was before it was rounded.
+            rest = (s - rounded).to(tl.float32)
+            left = tl.fma(-quotient, rest, tl.fma(-quotient, rounded, power))
+            out = tl.fma(left, inverse, quotient)
         else:
             out = tl.exp(x - m) * inverse
     return out
