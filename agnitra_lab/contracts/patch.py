@@ -42,7 +42,8 @@ class RollbackProof(Contract):
     hooks_equal: bool
     parameters_equal: bool
     outputs_equal: bool
-    """Bit for bit, on the workload's own inputs; exact when the model itself is deterministic."""
+    """Bit for bit, on the workload's own inputs; as near as its own calls are to each other where the original never
+    gives the same twice (atomic sums on a GPU)."""
     num_parameters: Count
     state_sha256: str
     detail: str | None = None

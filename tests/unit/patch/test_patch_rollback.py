@@ -85,6 +85,31 @@ def test_install_leaves_buffers_and_arguments_as_they_were(patched):
     assert model.num_calls.item() == 0
 
 
+class Atomic(GatedMLP):
+    """Stands in for sums whose order is another one at each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = torch.Generator()
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + 1e-6 * torch.randn(y.shape, generator=self.drawn)
+
+
+def test_an_original_that_never_gives_the_same_twice_is_restored_where_it_is_as_near_as_ever():
+    patch = eager(workload(build(Atomic), X))
+    assert patch.prove_rollback().is_restored
+
+
+def test_an_original_that_never_gives_the_same_twice_is_still_told_from_a_changed_one():
+    patch = eager(workload(build(Atomic), X))
+    patch._before.outputs = patch._before.outputs + 1e-3
+    proof = patch.prove_rollback()
+    assert not proof.is_restored
+    assert "outputs on the workload's inputs" in proof.detail
+
+
 def test_the_random_generator_is_left_alone(patched):
     torch.manual_seed(5)
     expected = torch.rand(3)
