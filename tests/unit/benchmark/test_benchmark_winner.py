@@ -56,6 +56,13 @@ def test_where_nothing_is_proved_faster_what_may_be_is_measured_again() -> None:
     assert contenders([*rows, proved]) == [proved]
 
 
+def test_on_an_accelerator_what_noise_hid_is_measured_again_where_it_was_ahead_of_all_eligible_ones() -> None:
+    proved = judge("proved", comparison("faster", 2.9, gpu_ms=4.0), 1.0)
+    ahead = judge("ahead", comparison("no_change", 3.3, gpu_ms=3.5), 1.0)
+    beside = judge("beside", comparison("no_change", 3.3, gpu_ms=3.95), 1.0)
+    assert [row.name for row in contenders([proved, ahead, beside])] == ["ahead", "proved"]
+
+
 def test_no_change_is_told_with_the_baselines_own_noise() -> None:
     assert "eager against itself [0.990, 1.010]" in judge("x", comparison("no_change", 1.005), 1.0).reason
 
