@@ -121,7 +121,17 @@ class Backend:
             return graph_module.forward
         from torch._inductor.compile_fx import compile_fx
 
-        return cast(Callable[..., Any], compile_fx(graph_module, example_inputs, config_patches=self.options))
+        options = {**self._options_of_rewrites(), **self.options}
+        return cast(Callable[..., Any], compile_fx(graph_module, example_inputs, config_patches=options))
+
+    def _options_of_rewrites(self) -> dict[str, Any]:
+        """Return what the rewrites that changed something want of Inductor, as far as this one knows it."""
+        from torch._inductor import config
+
+        found: dict[str, Any] = {}
+        for action in {descriptor.action for descriptor in self.descriptors}:
+            found |= getattr(importlib.import_module(REWRITES[action]), "INDUCTOR_OPTIONS", {})
+        return {name: value for name, value in found.items() if hasattr(config, name)}
 
     def _rewrite(
         self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]

@@ -269,10 +269,18 @@ def rendered(template: str, shape: tuple[int, ...], dtype: str) -> Kernel:
 
 
 @pytest.mark.parametrize("formula", [steps.hugging_face, steps.gpt_fast], ids=["index_copy_", "setitem"])
-def test_inductor_writes_the_caches_where_they_lie(formula) -> None:
+def test_inductor_writes_the_caches_where_they_lie(formula, monkeypatch) -> None:
+    from torch._inductor import compile_fx
     from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
+    whole, told = compile_fx.compile_fx, []
+
+    def listening(*given, config_patches=None, **named):
+        told.extend([config_patches] if config_patches else [])
+        return whole(*given, config_patches=config_patches, **named)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", listening)
     model, args = steps.Step(formula), steps.inputs(2)
     twin = copy.deepcopy(model)
     places = [cache.data_ptr() for cache in (model.k_cache, model.v_cache)]
@@ -285,6 +293,7 @@ def test_inductor_writes_the_caches_where_they_lie(formula) -> None:
     (patch, output), codes = run_and_get_code(compiled)
     code = "\n".join(codes)
     assert patch.log().descriptors and "agnitra.cached_attention" in code
+    assert [options["score_fusion_memory_threshold"] for options in told] == [8]
     shape = ", ".join(map(str, model.k_cache.shape))
     assert f"empty_strided_cpu(({shape})" not in code and ".copy_(" not in code and "clone" not in code
     torch.testing.assert_close(output, twin(*args))

@@ -31,6 +31,9 @@ from agnitra_lab.patch.ops import fake_of, is_cast, is_widening, memory_root, op
 from agnitra_lab.patch.rotary import NONE, Angles, Rotary, find_rotary
 
 ACTION = "cached_attention"
+INDUCTOR_OPTIONS = {"score_fusion_memory_threshold": 8}
+"""The rows of cos and sin at a new token's position become one kernel: the 8 bytes of the position are all that they
+share, and Inductor leaves kernels apart that share less than 10. Where little else is Inductor's, launches are it."""
 _LAYOUTS = ("transpose", "permute", "swapaxes", "contiguous")
 _LARGEST_STEP = 64
 
