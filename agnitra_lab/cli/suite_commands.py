@@ -54,7 +54,10 @@ def list_suite(is_json: Json = False) -> int:
 
 @suite_app.command("run")
 def run(
-    names: Annotated[list[str] | None, typer.Argument(help="Workloads of the suite; by default all.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Workloads of the suite, or your own as FILE.py:FUNCTION; by default all of the suite."),
+    ] = None,
     scale: Annotated[
         str | None, typer.Option(help="tiny, small or full; by default full on CUDA, small on a CPU.")
     ] = None,

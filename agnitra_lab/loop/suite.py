@@ -26,6 +26,7 @@ from agnitra_lab.loop.suite_devices import Seat
 from agnitra_lab.runs import provenance
 from agnitra_lab.runs.store import Run, RunStore
 from agnitra_lab.workloads.suite import SCALES, SUITE, Family, default_scale
+from agnitra_lab.workloads.target import family_of, own_name
 
 _JOB = "agnitra_lab.loop.suite_workload:measure"
 # What a workload takes at least (or a tenth of a shorter limit); where less is left, none is started.
@@ -40,7 +41,8 @@ class SuiteSettings:
     """Everything that steers a run of the suite.
 
     Attributes:
-        names: workloads; empty for all.
+        names: workloads of the suite, or targets of one's own (FILE.py:FUNCTION, package.module:FUNCTION), which say
+            for themselves how large they are; empty for all of the suite.
         family: keep one family.
         shard: (i, n): keep the i-th of n parts, i from 1.
         scale: of the workloads, by default what fits the device.
@@ -138,7 +140,7 @@ def run_suite(
     scale = settings.scale or default_scale(device)
     run, done = suite_filing.open_run(store, settings.resume, scale, facts, is_retrying=settings.is_retrying)
     directory = run.directory(suite_filing.CATEGORY)
-    todo = [name for name in names if name not in done]
+    todo = [name for name in names if _called(name) not in done]
     if on_start:
         on_start(facts, directory, todo)
     with tempfile.TemporaryDirectory(prefix="agnitra-suite-", ignore_cleanup_errors=True) as scratch:
@@ -155,9 +157,17 @@ def select(settings: SuiteSettings) -> list[str]:
     Raises:
         UsageError: for what is unknown, with what is known; or when nothing is chosen.
     """
-    unknown = [name for name in settings.names if name not in SUITE]
+    unknown = [name for name in settings.names if name not in SUITE and own_name(name) is None]
     if unknown:
-        raise UsageError(f"Unknown suite workload {unknown[0]!r}.", hint=f"Known: {', '.join(SUITE)}.")
+        hint = f"Known: {', '.join(SUITE)}. One of your own: FILE.py:FUNCTION."
+        raise UsageError(f"Unknown suite workload {unknown[0]!r}.", hint=hint)
+    called: dict[str, str] = {}
+    for name in settings.names:
+        if called.setdefault(_called(name), name) != name:
+            raise UsageError(
+                f"{called[_called(name)]} and {name} would both be called {_called(name)}.",
+                hint="Run them apart, or rename one's file.",
+            )
     for what, given, known in (("scale", settings.scale, SCALES), ("family", settings.family, get_args(Family))):
         if given is not None and given not in known:
             raise UsageError(f"Unknown {what} {given!r}.", hint=f"Known: {', '.join(known)}.")
@@ -167,12 +177,15 @@ def select(settings: SuiteSettings) -> list[str]:
     part, num_parts = settings.shard
     if not 1 <= part <= num_parts:
         raise UsageError(f"Shard {part}/{num_parts} is not one.", hint="Give i/n with i from 1 to n, such as 2/4.")
-    chosen = [name for name in dict.fromkeys(settings.names or SUITE) if settings.family in (None, SUITE[name].family)][
-        part - 1 :: num_parts
-    ]
+    named = dict.fromkeys(settings.names or SUITE)
+    chosen = [name for name in named if settings.family in (None, family_of(name))][part - 1 :: num_parts]
     if not chosen:
         raise UsageError("No workload of the suite is chosen.", hint="See them: agnitra suite list")
     return chosen
+
+
+def _called(name: str) -> str:
+    return name if name in SUITE else own_name(name) or name
 
 
 class _Crew:
@@ -226,7 +239,7 @@ class _Crew:
     def _measure(self, name: str, seat: Seat) -> SuiteResult | None:
         """Run one workload in a process of its own; None where the time was up before it was done."""
         settings, started_s = self.settings, time.monotonic()
-        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.scratch, ignore_cleanup_errors=True) as scratch:
+        with tempfile.TemporaryDirectory(prefix="workload-", dir=self.scratch, ignore_cleanup_errors=True) as scratch:
             given = SuiteAssignment(
                 name=name, scale=self.scale, device=self.device, modes=self.modes, budget_s=settings.budget_s,
                 timing_s=settings.timing_s, timeout_s=settings.timeout_s, turns_file=self.scratch / seat.turns_file,
@@ -253,9 +266,10 @@ class _Crew:
         is_timeout = outcome.status == "timeout" or (outcome.status == "crash" and outcome.exit_signal == "SIGTERM")
         limit = f"timeout: not done after {self.settings.timeout_s:g} s of its own"
         if outcome.stderr_tail.strip():
-            suite_filing.file_log(self.run, name, outcome.stderr_tail)
+            suite_filing.file_log(self.run, _called(name), outcome.stderr_tail)
         return SuiteResult(
-            workload=name, family=SUITE[name].family, scale=self.scale, is_algebra=SUITE[name].is_algebra,
+            workload=_called(name), family=family_of(name), scale=self.scale,
+            is_algebra=name in SUITE and SUITE[name].is_algebra,
             status="failed", error=limit if is_timeout else f"{outcome.status}: {outcome.message}"[:1000],
             device=self.facts, is_cache_warm=self.settings.warm_cache is not None, num_jobs=self.settings.num_jobs,
             wall_s=wall_s, command=self.settings.command, generated_at=provenance.utc_now(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,12 +58,16 @@ def open_run(
 
 def file_result(run: Run, result: SuiteResult) -> Path:
     """Write one workload's result, whole or not at all."""
-    return run.write_json(CATEGORY, f"{RESULTS_FOLDER}/{result.workload}.json", result)
+    return run.write_json(CATEGORY, f"{RESULTS_FOLDER}/{_file_stem(result.workload)}.json", result)
 
 
 def file_log(run: Run, workload: str, text: str) -> Path:
     """Write the last words of a process that failed."""
-    return run.write_text(CATEGORY, f"logs/{workload}.txt", text)
+    return run.write_text(CATEGORY, f"logs/{_file_stem(workload)}.txt", text)
+
+
+def _file_stem(workload: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", workload)
 
 
 def finish(

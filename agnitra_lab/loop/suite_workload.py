@@ -8,8 +8,11 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from agnitra_lab.benchmark import stats
 from agnitra_lab.benchmark.compare import DRAW_SHARE, timed_problems, with_problems
@@ -23,13 +26,14 @@ from agnitra_lab.contracts.suite import SuiteAssignment, SuiteResult, SuiteSide
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device import info
 from agnitra_lab.device.exclusive import take_turns, waited_s
-from agnitra_lab.errors import AgnitraError
+from agnitra_lab.errors import AgnitraError, TargetError
 from agnitra_lab.loop import suite_baselines as baselines
 from agnitra_lab.loop.optimization import Optimization
 from agnitra_lab.loop.settings import Settings
 from agnitra_lab.loop.suite_baselines import Contestant
 from agnitra_lab.runs import provenance
 from agnitra_lab.workloads.suite import SUITE, suite_workload
+from agnitra_lab.workloads.target import family_of, own_name, resolve
 
 OURS = "agnitra"
 # The candidate takes part twice, so that its noise is measured as its speed-up is: by pairs from one round.
@@ -50,7 +54,7 @@ def measure(given: SuiteAssignment) -> SuiteResult:
     _give_up_after(given.timeout_s)
     take_turns(given.turns_file)
     baselines.autotune_in_turns()
-    contest = _Contest(given, suite_workload(given.name, scale=given.scale, device=given.device))
+    contest = _Contest(given, _workload(given))
     phases_s = {"build": _own_s(started_s)}
     for phase in (contest.compile_baselines, contest.optimise, contest.check, contest.time, contest.check_controls):
         # Controls are worth no result: they come last, and only while there is time for them.
@@ -163,10 +167,10 @@ class _Contest:
         floor_ms = self.facts.get("floor_ms")
         is_done = best is not None and p50_ms is not None
         return SuiteResult(
-            workload=given.name,
-            family=SUITE[given.name].family,
+            workload=self.workload.name,
+            family=family_of(given.name),
             scale=given.scale,
-            is_algebra=SUITE[given.name].is_algebra,
+            is_algebra=given.name in SUITE and SUITE[given.name].is_algebra,
             item_unit=self.workload.item_unit,
             items_per_call=self.workload.items_per_call,
             status="done" if is_done else "failed",
@@ -217,6 +221,19 @@ class _Contest:
 
     def _cache(self, side: str) -> Path | None:
         return None if self.given.is_cache_warm else self.given.scratch / "caches" / side
+
+
+def _workload(given: SuiteAssignment) -> Workload:
+    if given.name in SUITE:
+        return suite_workload(given.name, scale=given.scale, device=given.device)
+    workload = replace(resolve(given.name), name=own_name(given.name) or given.name)
+    found = info.device_of(workload.model, workload.args, workload.kwargs).type
+    if found != torch.device(given.device).type:
+        raise TargetError(
+            f"{given.name} is on {found}; this run is on {given.device}.",
+            hint=f"Build the model and its inputs on {given.device}, or give --device {found}.",
+        )
+    return workload
 
 
 def _guard_misses(model: Any) -> int:

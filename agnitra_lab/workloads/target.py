@@ -20,7 +20,7 @@ from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import AgnitraError, MissingError, TargetError
 from agnitra_lab.workloads.adopt import as_workload
 from agnitra_lab.workloads.demos import DEMOS, demo
-from agnitra_lab.workloads.suite import suite_workload
+from agnitra_lab.workloads.suite import SUITE, suite_workload
 
 _FORMS = "Expected FILE.py:FUNCTION, package.module:FUNCTION, ARCHIVE.pt2, demo:NAME, or suite:NAME."
 
@@ -56,6 +56,23 @@ def resolve(target: str) -> Workload:
             f"{location} has no function {function!r}.", hint=f"It has: {', '.join(sorted(known)[:12]) or 'none'}."
         )
     return _call(build, target, default_name=function if function != "build" else Path(location).stem)
+
+
+def own_name(target: str) -> str | None:
+    """Return what a user's own workload is called in a table: file or module and function, without its folder.
+
+    Args:
+        target: of any form; a named workload of this package has no such name, nor has an archive.
+    """
+    location, separator, function = target.rpartition(":")
+    if not separator or not location or not function or location in ("demo", "suite"):
+        return None
+    return f"{Path(location).stem if location.endswith('.py') else location}:{function}"
+
+
+def family_of(name: str) -> str:
+    """Return what kind of model a workload of the suite is; "own" for a target."""
+    return SUITE[name].family if name in SUITE else "own"
 
 
 def _load_file(path: Path) -> Any:

@@ -34,3 +34,20 @@ def test_a_real_workload_is_timed_on_all_sides_and_filed(tmp_path: Path) -> None
     assert json.loads((done.directory / "summary.json").read_text())["meta"]["config"]["scale"] == "tiny"
     # Nothing but the run itself stays: the optimisation's own files and caches were scratch.
     assert [path.name for path in (tmp_path).iterdir()] == ["perf"]
+
+
+def test_a_model_of_ones_own_is_held_against_the_same_baselines(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n\ndef mlp():\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()).eval(), (torch.ones(4, 8),)\n"
+    )
+    done = run_suite(
+        SuiteSettings(
+            names=(f"{tmp_path / 'mine.py'}:mlp",), device="cpu", modes=("default",), budget_s=1.0, timing_s=0.5,
+            artifacts=tmp_path / "artifacts", command="agnitra suite run mine.py:mlp",
+        )
+    )  # fmt: skip
+    (filed,) = done.filed
+    assert (filed.result.workload, filed.result.family, filed.result.status) == ("mine:mlp", "own", "done")
+    assert [path.name for path in (done.directory / "workloads").iterdir()] == ["mine-mlp.json"]
+    assert not done.left

@@ -186,6 +186,16 @@ def test_the_choice_follows_names_family_and_shard_in_the_order_given() -> None:
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
+def test_models_of_ones_own_are_chosen_by_where_they_are_and_called_without_their_folder() -> None:
+    assert select(SuiteSettings(names=("a/mine.py:mlp", "vit", "pack.models:net"))) == [
+        "a/mine.py:mlp", "vit", "pack.models:net",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match=r"a/mine\.py:mlp and b/mine\.py:mlp would both be called mine:mlp"):
+        select(SuiteSettings(names=("a/mine.py:mlp", "b/mine.py:mlp")))
+    with pytest.raises(UsageError, match="Unknown suite workload 'demo:transformer_block'"):
+        select(SuiteSettings(names=("demo:transformer_block",)))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
