@@ -29,7 +29,6 @@ PARAM_MEANINGS: dict[str, str] = {
     "SPLIT": "programs that share one row, sum or set of keys; their parts are joined after",
     "K_CHUNK": "columns added up before they join the fp32 sum: longer is faster and less exact",
     "GROUP_M": "row blocks that run near each other in time, for the L2",
-    "COMBINE": "who adds the parts: 1 a second kernel, 2 the last program of them to end",
     "PDL": "dependent launch; leave it as listed",
     "num_warps": "warps of one program",
     "num_stages": "loads in flight of the loop, in shared memory; 1 has no pipeline",

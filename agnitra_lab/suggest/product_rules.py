@@ -34,7 +34,7 @@ def decode_attention(s: KernelSituation) -> list[Target]:
 
 def cached_attention(s: KernelSituation) -> list[Target]:
     """As the split attention that it contains, launched before the products in front of it have ended: not measured."""
-    return [{**target, "COMBINE": 1, "PDL": 2} for target in decode_attention(s)]
+    return [{**target, "PDL": 2} for target in decode_attention(s)]
 
 
 def skinny_gemm(s: KernelSituation) -> list[Target]:

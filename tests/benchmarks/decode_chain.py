@@ -3,8 +3,8 @@
     python tests/benchmarks/decode_chain.py [--quick] [--only gemm chain attention step] [--change gate_up.BLOCK_N=4]
 
 `chain` is the products alone. `step` is the whole token: the products with rotation, cache and attention between them,
-once as Inductor's pointwise kernels and decode_attention, once as cached_attention, whose parts are added by a second
-launch or by the last program; `alone` is that attention without the products.
+once as Inductor's pointwise kernels and decode_attention, once as cached_attention; `alone` is that attention without
+the products.
 
 Weights and caches rotate past the L2 inside one CUDA graph, so that every read comes from memory. Each number stands
 beside the device copy that was measured first. Results are checked against torch; those of the whole token, where the
@@ -360,16 +360,15 @@ def one_attention(
 
 
 def step_configs() -> list[Params]:
-    """The rule of thumb for the 1.1B decoder's attention and what lies around it, each with both ways to add parts."""
+    """The rule of thumb for the 1.1B decoder's attention and what lies around it."""
     shape = ATTENTIONS["1b"]
     start = dict(default_config("cached_attention", shape, str(DTYPE)).params)
     near = [
-        start | {"COMBINE": combine, "BLOCK_N": block_n, "SPLIT": split, "num_warps": num_warps}
+        start | {"BLOCK_N": block_n, "SPLIT": split, "num_warps": num_warps}
         for block_n, split, num_warps in (
-            (64, 16, 4), (64, 16, 2), (32, 32, 4), (32, 32, 2), (32, 16, 4), (64, 8, 4), (128, 8, 4), (16, 64, 2),
-            (16, 32, 2),
+            (64, 16, 4), (64, 16, 2), (32, 32, 8), (32, 32, 4), (32, 16, 4), (64, 8, 8), (64, 8, 4), (128, 8, 8),
+            (16, 64, 2),
         )
-        for combine in (1, 2)
     ]  # fmt: skip
     return list({json.dumps(params): params for params in [start, start | {"PDL": 1}, *near]}.values())
 
@@ -532,32 +531,25 @@ def step_figures(pool: ProcessPoolExecutor, copy: float, changes: Iterable[str])
     figures["step_in_several_ms"] = graph_us(lambda: decoder.token(in_several), 1) / 1e3
     figures["step_products_ms"] = graph_us(lambda: decoder.token(lambda qkv, cache: parts_of(qkv)[0]), 1) / 1e3
     print(figures, flush=True)
-    timed: dict[int, list[tuple[float, float, Params]]] = {1: [], 2: []}
+    timed: list[tuple[float, float, Params]] = []
     for params in configs:
         in_one = decoder.in_one(params)
         found = error(decoder.token(in_one), exact)
         problem = None if found <= allowed else f"WRONG: error {found:.2e}, allowed {allowed:.2e}"
         time_ms, alone_us = graph_us(lambda run=in_one: decoder.token(run), 1) / 1e3, attend_alone(params)
-        print(
-            f"step {compact(params):72s} {time_ms:.4f} ms, alone {alone_us:.2f} us, {problem or 'agrees'}", flush=True
-        )
+        print(f"step {compact(params):60s} {time_ms:.4f} ms, alone {alone_us:.2f} us {problem or 'agrees'}", flush=True)
         if params["PDL"] == 1:
             figures["step_in_one_no_pdl_ms"] = time_ms
         elif problem is None:
-            timed[params["COMBINE"]].append((time_ms, alone_us, params))
+            timed.append((time_ms, alone_us, params))
         if params == configs[0]:
-            figures |= {"step_in_one_default_ms": time_ms, "step_config_default": compact(params)}
-    for name, rows in (("launch", timed[1]), ("last", timed[2])):
-        if rows:
-            time_ms, alone_us, params = min(rows, key=lambda row: row[0])
-            in_one = decoder.in_one(params)
-            figures |= {f"step_{name}_ms": time_ms, f"step_{name}_alone_us": alone_us}
-            figures |= {f"step_{name}_config": compact(params)}
-            figures[f"step_{name}_kernels_us"] = kernel_times(lambda run=in_one: decoder.token(run))
+            figures |= {"step_in_one_default_ms": time_ms, "step_in_one_default_alone_us": alone_us}
+            figures["step_kernels_us"] = kernel_times(lambda run=in_one: decoder.token(run))
     figures["step_in_several_kernels_us"] = kernel_times(lambda: decoder.token(in_several))
     again = graph_us(lambda: decoder.token(in_several), 1) / 1e3
-    fastest, _, params = min(itertools.chain(*timed.values()), key=lambda row: row[0])
-    return figures | {"step_in_several_again_ms": again, "step_in_one_ms": fastest, "step_config": compact(params)}
+    fastest, alone_us, params = min(timed, key=lambda row: row[0])
+    figures |= {"step_in_one_ms": fastest, "step_in_one_alone_us": alone_us, "step_config": compact(params)}
+    return figures | {"step_in_several_again_ms": again}
 
 
 def exact_token(

@@ -34,7 +34,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 
 RTOL = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 EPS = (1e-5, 1e-6)
-PARAMS = {"BLOCK_N": 16, "SPLIT": 1, "COMBINE": 1, "PDL": 2, "num_warps": 2, "num_stages": 2}
+PARAMS = {"BLOCK_N": 16, "SPLIT": 1, "PDL": 2, "num_warps": 2, "num_stages": 2}
 MASKS = ("none", "causal", "added", "a head", "nothing seen")
 MARGIN = 4
 
@@ -60,15 +60,6 @@ def _true_products_of_bf16(monkeypatch):
         return plain(self, widened(a), widened(b), *others)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-
-
-COUNTERS = torch.zeros(64, dtype=torch.int32)
-
-
-@pytest.fixture(autouse=True)
-def _counters_that_stay(monkeypatch):
-    COUNTERS.zero_()
-    monkeypatch.setattr(cached_attention, "counters", lambda number, device: COUNTERS[:number])
 
 
 def kernel(**changed: int) -> Any:
@@ -144,8 +135,6 @@ class Case:
             cache.masked_fill_(self.is_new, float("nan"))
             if not torch.equal(torch.nan_to_num(memory, 9e4), torch.nan_to_num(old, 9e4)):
                 return "it wrote beside the new slots"
-        if COUNTERS.any():
-            return "it left its counters behind"
         return problem(output, expected, slack)
 
 
@@ -160,7 +149,7 @@ def turns_of(form: str, size: int) -> tuple[str, int, str]:
 
 FORMS = ("llama", "neox", "gpt-j", "gpt-fast", "none")
 CASES = list(itertools.product(FORMS, (64, 128, 45), (1, 3), (1, 3)))
-DETAILS = list(itertools.islice(itertools.cycle(itertools.product((False, True), (2, 1), MASKS, (2, 1))), len(CASES)))
+DETAILS = list(itertools.islice(itertools.cycle(itertools.product((False, True), (2, 1), MASKS)), len(CASES)))
 random.Random(0).shuffle(DETAILS)
 
 
@@ -170,13 +159,12 @@ random.Random(0).shuffle(DETAILS)
 )
 def test_a_decoding_step_agrees_with_fp64_and_writes_its_slots_alone(case, details, dtype) -> None:
     form, size, split, tokens = case
-    is_normed, slot_dim, mask, combine = details
+    is_normed, slot_dim, mask = details
     heads = 6 if tokens == 1 else 4
     step = Case(
         (2, heads, 2, tokens, 37, size), dtype, turns_of(form, size), is_normed=is_normed, slot_dim=slot_dim, mask=mask
     )
-    slack = 2.0 if dtype == torch.bfloat16 else 1.0
-    assert step.problem(kernel(SPLIT=split, COMBINE=combine), slack=slack) is None
+    assert step.problem(kernel(SPLIT=split), slack=2.0 if dtype == torch.bfloat16 else 1.0) is None
 
 
 def test_half_precision_agrees_with_fp64() -> None:
@@ -203,27 +191,9 @@ def test_slots_may_be_a_number_or_of_32_bits() -> None:
     assert pair.problem(kernel(SPLIT=2), first_position=7) is None
 
 
-@pytest.mark.parametrize("combine", [1, 2])
-def test_a_part_without_keys_adds_nothing_and_an_own_scale_is_taken(combine: int) -> None:
+def test_a_part_without_keys_adds_nothing_and_an_own_scale_is_taken() -> None:
     step = Case((1, 2, 1, 1, 17, 16), torch.float32, turns_of("llama", 16))
-    assert step.problem(kernel(SPLIT=4, COMBINE=combine), scale=0.3) is None
-
-
-@pytest.mark.parametrize("values", [1, 16], ids=["one part", "some parts"])
-def test_the_last_program_adds_more_parts_than_its_threads_hold_at_once(values: int, monkeypatch) -> None:
-    monkeypatch.setattr(cached_attention, "_JOINED", values)
-    step = Case((2, 6, 2, 1, 80, 20), torch.float32, turns_of("llama", 20), mask="a head")
-    for _ in range(2):
-        assert step.problem(kernel(SPLIT=5, COMBINE=2)) is None
-
-
-def test_both_ways_to_add_the_parts_give_the_same_bits() -> None:
-    step = Case((2, 4, 2, 2, 37, 16), torch.float32, turns_of("gpt-j", 16))
-    outputs = []
-    for combine in (1, 2):
-        call = kernel(SPLIT=3, COMBINE=combine)
-        outputs.append(call(*step.new, *step.caches, step.slots, step.mask, *step.angles, **step.options))
-    assert torch.equal(*outputs)
+    assert step.problem(kernel(SPLIT=4), scale=0.3) is None
 
 
 def test_scores_that_would_overflow_keep_their_size() -> None:
@@ -238,7 +208,7 @@ def test_the_result_has_the_strides_that_were_asked_for() -> None:
     outputs = []
 
     def call(*tensors, **options):
-        outputs.append(kernel(SPLIT=2, COMBINE=2)(*tensors, **options))
+        outputs.append(kernel(SPLIT=2)(*tensors, **options))
         return outputs[-1]
 
     assert step.problem(call, out_stride=(192, 16, 64, 1)) is None
@@ -316,9 +286,9 @@ def run_source(source: str, folder: Path, name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cached_attention, "add_parts", module.add_parts)
     turns, slots = ("halves", 12, "each"), [8, -3, 20]
     masked = Case((2, 4, 2, 3, 37, 20), torch.float32, turns, is_normed=True, mask="causal", slots=slots)
-    # Without a mask, with parts of more than one block, and with the sum of parts in the last program.
+    # Without a mask, and with parts of more than one block.
     found = masked.problem(kernel(SPLIT=3))
-    return found or Case((1, 4, 2, 3, 37, 20), torch.float32, turns, slots=slots).problem(kernel(SPLIT=2, COMBINE=2))
+    return found or Case((1, 4, 2, 3, 37, 20), torch.float32, turns, slots=slots).problem(kernel(SPLIT=2))
 
 
 def source() -> str:
@@ -362,12 +332,10 @@ PLANTED = {
     "a group of heads shares its first query": ("head * stride_qh", "kv_head * stride_qh"),
     "all heads write the first one's values": ("v_ptr + batch * stride_vb + kv_head * stride_vh", "v_ptr"),
     "the sum is not scaled to the new maximum": ("acc * shrink[:, None], input_precision", "acc, input_precision"),
-    "parts weigh the same": ("share = tl.exp2(high - base[None, :])", "share = tl.where(mask, 1.0, 0.0)"),
-    "the last part is forgotten": ("(offs_p < SPLIT)[:, None]", "(offs_p < SPLIT - 1)[:, None]"),
-    "no program adds the parts": ("arrived == NUM - 1", "arrived == NUM"),
-    "nobody clears the counter": ("tl.store(count_ptr, 0, mask", "tl.store(count_ptr, NUM, mask"),
-    "the first head's rows are added for each": ("group.to(tl.int64) * NUM_R", "group.to(tl.int64) * 0"),
-    "all rows go to a group's first head": ("+ offs_r // NUM_QUERIES\n    out_rows", "+ offs_r * 0\n    out_rows"),
+    "parts weigh the same": ("share = tl.exp2(highest - base)", "share = tl.where(mask_p, 1.0, 0.0)"),
+    "the last part is forgotten": ("mask_p = offs_p < SPLIT", "mask_p = offs_p < SPLIT - 1"),
+    "the first row's parts are added for each": ("row.to(tl.int64) * SPLIT + offs_p", "row.to(tl.int64) * 0 + offs_p"),
+    "all rows go to a group's first head": ("+ r // NUM_QUERIES\n    offs_p", "+ r * 0\n    offs_p"),
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Programs of one launch that wait for each other, or of which the last does what is left. No template itself.
+"""Programs of one launch that wait for each other. No template itself.
 
 Whoever waits must have taken its number from a counter, so that all it waits for have begun: then they finish as soon
-as they fit on the device at once, whatever the order in which it starts them. Where the last does the rest, none waits.
+as they fit on the device at once, whatever the order in which it starts them.
 
 Source: the tickets are those of Merrill and Garland, "Single-pass Parallel Prefix Scan with Decoupled Look-back", 2016,
 section 4.4; waiting as in Inductor's cooperative reductions.
@@ -21,19 +21,3 @@ def wait_for_all(count_ptr, NUM: tl.constexpr):
     while arrived < NUM:
         arrived = tl.atomic_add(count_ptr, 0, sem="acquire")
     tl.debug_barrier()
-
-
-@triton.jit
-def is_last(count_ptr, NUM: tl.constexpr):
-    """Arrive at a counter; say whether all NUM programs now have, and leave it at zero then.
-
-    The others' stores must be read past the L1 (".cg").
-    """
-    # Every thread's stores come before the arrival; it releases them, and takes hold of those of who came before.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()
-    is_last_one = arrived == NUM - 1
-    # Nobody else comes any more in this launch, and the next one begins after it.
-    tl.store(count_ptr, 0, mask=is_last_one)
-    return is_last_one

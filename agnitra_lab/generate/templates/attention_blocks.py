@@ -57,60 +57,6 @@ def seen(q, k, v, given, mask_n, factor, highest, total, acc, MASK: tl.constexpr
 
 
 @triton.jit
-def join(
-    partial_ptr,
-    stats_ptr,
-    out_ptr,
-    group,
-    offs_r,
-    num_kv_heads,
-    stride_ob,
-    stride_oh,
-    stride_ol,
-    NUM_QUERIES: tl.constexpr,
-    NUM_R: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """Write rows of one key/value head: what the parts of its keys gave, each by its share of the exponentials."""
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_r = offs_r < NUM_R
-    mask_d = offs_d < HEAD_SIZE
-    rows = group.to(tl.int64) * NUM_R + offs_r
-    highest = tl.full(offs_r.shape, float("-inf"), dtype=tl.float32)
-    total = tl.zeros(offs_r.shape, dtype=tl.float32)
-    acc = tl.zeros([offs_r.shape[0], BLOCK_D], dtype=tl.float32)
-    for first in tl.range(0, SPLIT, BLOCK_P, num_stages=1):
-        offs_p = first + tl.arange(0, BLOCK_P)
-        # The parts are the slowest dimension: the threads lie along a part, and each adds its own values.
-        parts = rows[None, :] * SPLIT + offs_p[:, None]
-        mask = (offs_p < SPLIT)[:, None] & mask_r[None, :]
-        # Past the L1: other multiprocessors wrote these.
-        x = tl.load(
-            partial_ptr + parts[:, :, None] * HEAD_SIZE + offs_d[None, None, :],
-            mask=mask[:, :, None] & mask_d[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        high = tl.load(stats_ptr + parts * 2, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.load(stats_ptr + parts * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(highest, tl.max(high, axis=0))
-        # Rows that saw no key at all subtract 0, not -inf from -inf.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        share = tl.exp2(high - base[None, :])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weight * share, axis=0)
-        acc = acc * shrink[:, None] + tl.sum(x * share[:, :, None], axis=0)
-        highest = higher
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    batch = (group // num_kv_heads).to(tl.int64)
-    head = group % num_kv_heads * (NUM_R // NUM_QUERIES) + offs_r // NUM_QUERIES
-    out_rows = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + (offs_r % NUM_QUERIES) * stride_ol
-    mask = mask_r[:, None] & mask_d[None, :]
-    tl.store(out_rows[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def add_parts(
     partial_ptr,
     stats_ptr,
@@ -127,12 +73,28 @@ def add_parts(
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Join the parts of one row, as a kernel of its own."""
+    """Add up what the parts of the keys gave one row, each by its share of the exponentials."""
+    row = tl.program_id(0)
+    r = row % NUM_R
+    batch = (row // NUM_R // num_kv_heads).to(tl.int64)
+    head = (row // NUM_R) % num_kv_heads * (NUM_R // NUM_QUERIES) + r // NUM_QUERIES
+    offs_p = tl.arange(0, BLOCK_P)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_p = offs_p < SPLIT
+    mask_d = offs_d < HEAD_SIZE
+    parts = row.to(tl.int64) * SPLIT + offs_p
     if PDL == 2:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0)
-    join(
-        partial_ptr, stats_ptr, out_ptr, row // NUM_R, row % NUM_R + tl.arange(0, 1), num_kv_heads,
-        stride_ob, stride_oh, stride_ol, NUM_QUERIES, NUM_R, HEAD_SIZE, BLOCK_D, BLOCK_P, SPLIT,
-    )  # fmt: skip
+    highest = tl.load(stats_ptr + parts * 2, mask=mask_p, other=float("-inf"))
+    total = tl.load(stats_ptr + parts * 2 + 1, mask=mask_p, other=0.0)
+    acc = tl.load(
+        partial_ptr + parts[:, None] * HEAD_SIZE + offs_d[None, :], mask=mask_p[:, None] & mask_d[None, :], other=0.0
+    )
+    base = tl.max(highest, axis=0)
+    base = tl.where(base == float("-inf"), 0.0, base)
+    share = tl.exp2(highest - base)
+    total = tl.sum(total * share, axis=0)
+    out = tl.sum(acc * share[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    out_row = out_ptr + batch * stride_ob + head * stride_oh + (r % NUM_QUERIES) * stride_ol
+    tl.store(out_row + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)

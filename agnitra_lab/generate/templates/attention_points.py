@@ -43,8 +43,6 @@ def split_space(template: str, shape: tuple[int, ...], dtype: str, **more: tuple
             and (point["SPLIT"] == 1 or num_programs <= 1056)
             and point["num_stages"] * stage_bytes + block_r * block_d * itemsize(dtype) <= _SHARED_MEMORY_BYTES
             and 2 <= values_per_thread <= 128
-            # Where nothing is split there are no parts to add.
-            and (point["SPLIT"] > 1 or point.get("COMBINE", 1) == 1)
             # Stages past the part's own blocks would be copies of one config.
             and (point["num_stages"] == 2 or point["num_stages"] <= -(-num_blocks // point["SPLIT"]))
         )

@@ -3,12 +3,9 @@
 As `decode_attention`, split over the cache, and the first kernel does all that stands between the projections and the
 attention: each part norms and rotates the queries again (they are tiny), the part that a new key's slot lies in writes
 it there and takes it from registers. What the slot held before never counts, so no order between parts is needed.
-Everything is fp32 up to one rounding of the rotated value.
+With SPLIT=1 there is no second kernel. Everything is fp32 up to one rounding of the rotated value.
 
-COMBINE=1 adds the parts in a second kernel, COMBINE=2 in the last program of a key/value head to arrive, with no second
-kernel. With SPLIT=1 there is nothing to add.
-
-PDL=2 launches each kernel programmatically dependent on the one before: the part's keys and values are asked into the
+PDL=2 launches both kernels programmatically dependent on the one before: the part's keys and values are asked into the
 L2 before gdc_wait(), which reads nothing; all reads and writes come after it.
 
 Shape legend: B batch, H query heads, G key/value heads, L new tokens, S slots of the cache, D head size,
@@ -27,8 +24,7 @@ from torch.library import custom_op
 
 from agnitra_lab.contracts.search import SearchSpace
 from agnitra_lab.generate.points import check_call, drawer, itemsize, next_power_of_two
-from agnitra_lab.generate.templates.arrivals import is_last
-from agnitra_lab.generate.templates.attention_blocks import add_parts, join, keys, seen
+from agnitra_lab.generate.templates.attention_blocks import add_parts, keys, seen
 from agnitra_lab.generate.templates.attention_points import (
     MAX_HEAD_SIZE,
     MAX_QUERIES,
@@ -37,20 +33,17 @@ from agnitra_lab.generate.templates.attention_points import (
     split_space,
 )
 from agnitra_lab.generate.templates.cached_attention_kernels import attend, old, prefetch, turn
-from agnitra_lab.generate.templates.counters import counters
 
-PARAMS = ("BLOCK_N", "SPLIT", "COMBINE", "PDL", "num_warps", "num_stages")
+PARAMS = ("BLOCK_N", "SPLIT", "PDL", "num_warps", "num_stages")
 FORMS = ("none", "halves", "neighbours")
 """Which values of a head turn together: d and d + rotary / 2, or 2d and 2d + 1."""
 ANGLES = ("each", "halves", "neighbours")
 """What value d takes of a row of cos and sin: d, d modulo rotary / 2, or d // 2."""
 
-kernel = (turn, prefetch, old, keys, seen, is_last, join, attend, add_parts)
+kernel = (turn, prefetch, old, keys, seen, attend, add_parts)
 _IS_COMPILED = isinstance(attend, triton.JITFunction)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASK_DTYPES = (torch.bool, *_DTYPES)
-_JOINED = 64
-"""Values of the parts that a thread of the last program holds at once."""
 
 
 def _layout_tags() -> tuple[torch.Tag, ...]:
@@ -87,7 +80,7 @@ def _cached_attention(
     config: list[int],
 ) -> torch.Tensor:
     """Launch one or two kernels on tensors as they lie."""
-    block_n, split, combine, pdl, num_warps, num_stages = config
+    block_n, split, pdl, num_warps, num_stages = config
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     q_weight, k_weight = (None if x is None else x.contiguous() for x in (q_weight, k_weight))
     if slot_dim == 1:
@@ -98,8 +91,6 @@ def _cached_attention(
     out = torch.empty_strided(q.shape, out_stride, dtype=q.dtype, device=q.device)
     num_blocks = -(-num_keys // block_n)
     partial, stats = _parts(batch * num_kv_heads * num_r * split, out) if split > 1 else (out, out)
-    is_second = split > 1 and combine == 1
-    count = counters(batch * num_kv_heads, q.device) if split > 1 and not is_second else out
     seen = None if mask is None else mask.expand(batch, num_heads, num_queries, num_keys)
     sizes: dict[str, Any] = {"NUM_QUERIES": num_queries, "NUM_R": num_r, "HEAD_SIZE": head_size, "SPLIT": split}
     sizes |= {"BLOCK_D": max(16, next_power_of_two(head_size)), "PDL": pdl}
@@ -107,7 +98,7 @@ def _cached_attention(
         sizes["launch_pdl"] = True
     attend[(batch * num_kv_heads, split)](
         q, k, v, k_cache, v_cache, _or(position, q), _or(cos, q), _or(sin, q), _or(q_weight, q), _or(k_weight, q),
-        _or(mask, q), out, partial, stats, count,
+        _or(mask, q), out, partial, stats,
         num_kv_heads, num_keys, -(-num_blocks // split) * block_n, first_position,
         0 if position is None or position.dim() == 0 else position.stride(0),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
@@ -117,9 +108,9 @@ def _cached_attention(
         FORM=rotation[0], ROTARY=rotation[1], ANGLES=rotation[2],
         MASK=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
         BLOCK_R=max(16, next_power_of_two(num_r)), BLOCK_N=block_n, NUM_STAGES=num_stages,
-        num_warps=num_warps, num_stages=num_stages, **_of_last(combine, num_warps, sizes), **sizes,
+        num_warps=num_warps, num_stages=num_stages, **sizes,
     )  # fmt: skip
-    if is_second:
+    if split > 1:
         add_parts[(batch * num_kv_heads * num_r,)](
             partial, stats, out, num_kv_heads, *out.stride()[:3],
             BLOCK_P=next_power_of_two(split), num_warps=4, **sizes,
@@ -138,15 +129,6 @@ def _parts(number: int, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     sizes = ((number, out.shape[3]), (number, 2))
     partial, stats = (torch.empty(size, dtype=torch.float32, device=out.device) for size in sizes)
     return partial, stats
-
-
-def _of_last(combine: int, num_warps: int, sizes: dict[str, Any]) -> dict[str, int]:
-    """Return how the last program adds the parts: as many at once as give each thread _JOINED values."""
-    if combine == 1 or sizes["SPLIT"] == 1:
-        return {"COMBINE": 1, "BLOCK_O": 1, "BLOCK_P": 1}
-    block_o = next_power_of_two(sizes["NUM_R"])
-    block_p = _JOINED * 32 * num_warps // (block_o * sizes["BLOCK_D"])
-    return {"COMBINE": 2, "BLOCK_O": block_o, "BLOCK_P": max(1, min(next_power_of_two(sizes["SPLIT"]), block_p))}
 
 
 def _or(tensor: torch.Tensor | None, unread: torch.Tensor) -> torch.Tensor:
@@ -183,7 +165,7 @@ def launch(
     """Run the kernels with one config; the new keys and values are in the cache afterwards.
 
     Args:
-        params: BLOCK_N (keys a program holds at once), SPLIT (parts of the cache), COMBINE, PDL, num_warps, num_stages.
+        params: BLOCK_N (keys that a program holds at once), SPLIT (parts of the cache), PDL, num_warps, num_stages.
         q: [B, H, L, D] floating tensor on a CUDA device (any device in the interpreter) before its rotation, L at most
             MAX_QUERIES; D contiguous, other strides free.
         k: [B, G, L, D] of q's dtype before its rotation, H a multiple of G; v: like k.
@@ -245,12 +227,12 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
         TemplateError: for a shape or dtype that the template has no config for.
     """
     # What dependent launches save lies between kernels, which a search of one kernel cannot see: the rule decides it.
-    return split_space("cached_attention", shape, dtype, COMBINE=(1, 2), PDL=(2,))
+    return split_space("cached_attention", shape, dtype, PDL=(2,))
 
 
 def default(shape: tuple[int, ...], dtype: str) -> dict[str, int]:
     """Parts for two programs on each of 132 multiprocessors, of at least 64 keys."""
-    return {**split_rule(shape, dtype), "COMBINE": 1, "PDL": 2}
+    return {**split_rule(shape, dtype), "PDL": 2}
 
 
 def is_ruled(shape: tuple[int, ...]) -> bool:

@@ -1,15 +1,13 @@
 """The Triton functions of the template cached_attention: the new token's rotation, and attention over a part.
 
 FORM is how pairs lie in a head: 0 no rotation, 1 the halves of the first ROTARY values, 2 neighbours. ANGLES is what of
-a row of cos and sin belongs to value d: 0 d itself, 1 d modulo ROTARY / 2, 2 d / 2. COMBINE is who adds the parts: 1
-another launch, 2 the last program of a key/value head to arrive.
+a row of cos and sin belongs to value d: 0 d itself, 1 d modulo ROTARY / 2, 2 d / 2.
 """
 
 import triton
 import triton.language as tl
 
-from agnitra_lab.generate.templates.arrivals import is_last
-from agnitra_lab.generate.templates.attention_blocks import join, keys, seen
+from agnitra_lab.generate.templates.attention_blocks import keys, seen
 
 
 @triton.jit
@@ -109,7 +107,6 @@ def attend(
     out_ptr,
     partial_ptr,
     stats_ptr,
-    count_ptr,
     num_kv_heads,
     num_keys,
     keys_per_part,
@@ -159,10 +156,7 @@ def attend(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     SPLIT: tl.constexpr,
-    COMBINE: tl.constexpr,
     PDL: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -283,10 +277,3 @@ def attend(
         tl.store(partial_ptr + row[:, None] * HEAD_SIZE + offs_d[None, :], acc, mask=mask_out)
         tl.store(stats_ptr + row * 2, highest, mask=mask_r)
         tl.store(stats_ptr + row * 2 + 1, total, mask=mask_r)
-        if COMBINE == 2:
-            group = tl.program_id(0)
-            if is_last(count_ptr + group, SPLIT):
-                join(
-                    partial_ptr, stats_ptr, out_ptr, group, tl.arange(0, BLOCK_O), num_kv_heads,
-                    stride_ob, stride_oh, stride_ol, NUM_QUERIES, NUM_R, HEAD_SIZE, BLOCK_D, BLOCK_P, SPLIT,
-                )  # fmt: skip

@@ -19,7 +19,7 @@ from torch.library import triton_op, wrap_triton
 
 from agnitra_lab.contracts.search import SearchSpace
 from agnitra_lab.generate.points import check_call, drawer, itemsize, next_power_of_two
-from agnitra_lab.generate.templates.attention_blocks import add_parts, join, keys, seen
+from agnitra_lab.generate.templates.attention_blocks import add_parts, keys, seen
 from agnitra_lab.generate.templates.attention_points import (
     MAX_HEAD_SIZE,
     MAX_QUERIES,
@@ -115,7 +115,7 @@ def _attend(
         tl.store(stats_ptr + row * 2 + 1, total, mask=mask_r)
 
 
-kernel = (keys, seen, join, _attend, add_parts)
+kernel = (keys, seen, _attend, add_parts)
 _IS_COMPILED = isinstance(_attend, triton.JITFunction)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASK_DTYPES = (torch.bool, *_DTYPES)
