@@ -33,8 +33,19 @@ def decode_attention(s: KernelSituation) -> list[Target]:
 
 
 def cached_attention(s: KernelSituation) -> list[Target]:
-    """As the split attention that it contains, launched before the products in front of it have ended: not measured."""
-    return [{**target, "PDL": 2} for target in decode_attention(s)]
+    """Two programs a multiprocessor, each of at least 64 keys, with 8 warps; then as the split attention it contains.
+
+    Measured on an H200 in the chain of a 1.1B decoder's token, bf16, 4 heads of 64 with 8 queries each, 1 x 1024 keys:
+    16 parts in blocks of 64 keys 0.732 ms with 8 warps, 0.748 with 4; 32 parts in blocks of 32 0.736 with 4; 8 parts in
+    blocks of 128 0.762 with 8; 8 parts in blocks of 64 0.780 with 8, 0.793 with 4.
+    """
+    batch, num_kv_heads, _, num_keys, _ = s.shape
+    block = 64 if s.itemsize == 2 else 32
+    wanted = max(1, 2 * s.device.num_multiprocessors // (batch * num_kv_heads))
+    split = min(1 << (wanted.bit_length() - 1), 128, max(1, num_keys // block))
+    first = {"BLOCK_N": block, "SPLIT": split, "num_warps": 8, "num_stages": 2}
+    second = {"BLOCK_N": block // 2, "SPLIT": 2 * split, "num_warps": 4, "num_stages": 2}
+    return [{**target, "PDL": 2} for target in (first, second, {**first, "num_warps": 4}, *decode_attention(s)[:5])]
 
 
 def skinny_gemm(s: KernelSituation) -> list[Target]:
