@@ -26,6 +26,8 @@ class KernelBook:
     Attributes:
         tuned: site -> the config that a search (or an earlier run) found.
         sites: every site asked for, with the number of times.
+        find: asked once for the config of a site that is neither tuned nor refused; None refuses it. Without it the
+            rule of thumb stands there.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class KernelBook:
         """
         self.tuned = dict(tuned or {})
         self.sites: Counter[Site] = Counter()
+        self.find: Callable[[Site], KernelConfig | None] | None = None
         self._is_survey = is_survey
-        self._refused = frozenset(refused)
+        self._refused = set(refused)
         self._rendered: dict[str, Kernel] = {}
 
     def __call__(self, template: str, shape: tuple[int, ...], dtype: str) -> Kernel | None:
@@ -58,6 +61,12 @@ class KernelBook:
         self.sites[site] += 1
         if self._is_survey or site in self._refused:
             return None
+        if self.find is not None and site not in self.tuned:
+            found = self.find(site)
+            if found is None:
+                self._refused.add(site)
+                return None
+            config = self.tuned[site] = found
         key = config.key()
         if key not in self._rendered:
             self._rendered[key] = render(config)

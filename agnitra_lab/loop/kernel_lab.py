@@ -6,11 +6,13 @@ lab has compiled is not compiled again where it is put into the model.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -144,10 +146,17 @@ def _key(site: Site, config: KernelConfig) -> str:
 
 
 def _cache_folder(device: torch.device) -> str:
-    """Where Inductor will have this process's kernels compiled from its first one on."""
-    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+    """Where Inductor will have this process's kernels compiled from its first one on.
 
-    return triton_cache_dir(device.index or 0)
+    Its own rule, read from its file alone: to import the package takes 2.1 s (one core of a Xeon), in which the
+    processes would not have been started yet.
+    """
+    path = Path(torch.__file__).parent / "_inductor" / "runtime" / "cache_dir_utils.py"
+    spec = importlib.util.spec_from_file_location("agnitra_lab_cache_dir_of_inductor", path)
+    assert spec is not None and spec.loader is not None
+    rule = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rule)
+    return str(rule.triton_cache_dir(device.index or 0))
 
 
 def _num_cores() -> int:

@@ -166,11 +166,8 @@ class Optimization:
             reason = "kernel search is off" if found else "no kernel template fits this graph"
             self._checkpoint("refine", reason, started, "skipped")
             return self.searches
-        refining = Refinement(
-            self.settings, self.device_info, self.lab, self.accepted, self.advice, on_trial=self._note_trial
-        )
-        asked = {suggestion.action for suggestion in self.accepted}
-        self.searches, notes = refining.run(found, self.surveyed.apart(asked))
+        refining = self._new_refinement()
+        self.searches, notes = refining.run(found, self._apart())
         if self.advice is not None and self.advice.num_measured:
             self.proposal = self.advice.rounds.proposal
             filing.file_proposal(self.run, self.proposal)
@@ -190,7 +187,7 @@ class Optimization:
         sites = (
             [Site(result.space_template, result.shape, result.dtype) for result in self.searches]
             if why_no_kernels()
-            else self._sites()
+            else [site for site in self._sites() if site in self.tuned or site not in self._apart()]
         )
         for site in sites:
             self.kernels(site.template, site.shape, site.dtype)
@@ -211,12 +208,13 @@ class Optimization:
         started = time.monotonic()
         actions = [suggestion.action for suggestion in self.accepted]
         kernels = None if why_no_kernels() else self.kernels
+        late = self._new_refinement()
         self._tell("measuring the device's ceilings")
         self.peaks = measure_peaks(self.device, self._dtype())
         with self._rehearsing(kernels) as rehearse:
             chooser = Chooser(
                 candidates.Plan(actions, self.device.type, only=self.settings.only),
-                lambda candidate: self._build(candidate, kernels),
+                lambda candidate: self._build(candidate, kernels, late),
                 lambda name, patch: self._judge(name, patch, self.settings.timing_s / 2, is_brief=True),
                 budget_s=self.settings.budget_s,
                 limit_ms=self._limit_ms(),
@@ -224,6 +222,10 @@ class Optimization:
             )
             self.patches, self.results = chooser.patches, chooser.results
             chooser.run()
+        if late.found_late:
+            self.searches = [*self.searches, *late.found_late]
+            filing.file_searches(self.run, late.found_late, late.ledgers)
+            filing.file_kernels(self.run, self.kernels.kernels)
         filing.file_patches(self.run, self.patches)
         ours = [patch.log() for name, patch in self.patches.items() if name.startswith("agnitra")]
         changes = f"{max((len(log.descriptors) for log in ours), default=0)} graph changes"
@@ -327,6 +329,15 @@ class Optimization:
         is_replayed = why_no_kernels() is not None
         return [site for site in self.surveyed.sites if is_replayed or site.template in asked]
 
+    def _apart(self) -> Collection[Site]:
+        """Sites that candidates with all changes do without; where no kernel is measured there are none."""
+        return self.surveyed.apart({suggestion.action for suggestion in self.accepted}) if self.lab is not None else ()
+
+    def _new_refinement(self) -> Refinement:
+        return Refinement(
+            self.settings, self.device_info, self.lab, self.accepted, self.advice, on_trial=self._note_trial
+        )
+
     def _tell(self, what: str) -> None:
         if self.on_progress:
             self.on_progress(what)
@@ -335,9 +346,14 @@ class Optimization:
         if self.on_trial:
             self.on_trial(site, trial)
 
-    def _build(self, candidate: candidates.Candidate, kernels: KernelSource | None) -> Patch:
+    def _build(self, candidate: candidates.Candidate, kernels: KernelSource | None, late: Refinement) -> Patch:
         self._tell(f"compiling {candidate.name}")
-        return candidates.build(self.workload, candidate, kernels)
+        # Only while a candidate is built: a drop-in that meets new shapes later asks nobody.
+        self.kernels.find = late.find if self.lab is not None else None
+        try:
+            return candidates.build(self.workload, candidate, kernels)
+        finally:
+            self.kernels.find = None
 
     @contextmanager
     def _rehearsing(self, kernels: templates.KernelBook | None) -> Iterator[Rehearsal | None]:

@@ -58,3 +58,20 @@ def test_a_site_where_all_that_was_tried_failed_gets_no_kernel() -> None:
     book = KernelBook(refused={SITE})
     assert ask(book) is None
     assert ask(book, Site("rms_norm", (8, 64), "bfloat16")) is not None
+
+
+def test_a_site_that_nobody_has_tuned_is_asked_about_once_and_keeps_the_answer() -> None:
+    asked, answer = [], space_of(SITE).configs[-1]
+    book = KernelBook()
+    book.find = lambda site: asked.append(site) or answer
+    assert [ask(book), ask(book)] == [answer, answer]
+    assert asked == [SITE]
+    assert book.tuned == {SITE: answer}
+
+
+def test_a_site_for_which_nothing_is_found_gets_no_kernel_and_is_not_asked_about_again() -> None:
+    asked: list[Site] = []
+    book = KernelBook(refused={Site("rms_norm", (8, 64), "bfloat16")})
+    book.find = asked.append
+    assert [ask(book), ask(book), ask(book, Site("rms_norm", (8, 64), "bfloat16"))] == [None, None, None]
+    assert asked == [SITE]

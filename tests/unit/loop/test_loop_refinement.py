@@ -142,18 +142,39 @@ def test_without_budget_the_first_preset_is_tried_where_the_suggest_stage_ranked
     assert stage.tuned == {NORM: first}
 
 
-def test_a_site_that_only_candidates_with_fewer_changes_have_is_measured_once(tmp_path):
+def test_a_site_that_only_candidates_with_fewer_changes_have_waits_until_one_of_them_asks_for_it(tmp_path):
     lab = Lab()
     stage = Refinement(Settings(tuned_folder=tmp_path, max_trials=6, budget_s=60.0), H200, lab, ())
-    stage.run([GATE, NORM], apart={NORM})
-    assert [config for site, config in lab.measured if site == NORM] == [default_config("rms_norm", *NORM_KEY)]
-    assert stage.tuned[NORM] == default_config("rms_norm", *NORM_KEY)
-    assert len(lab.measured) > 2
+    _, notes = stage.run([GATE, NORM], apart={NORM})
+    assert {site for site, _ in lab.measured} == {GATE}
+    assert "measured when one of these is tried" in notes[-1]
+    rule = default_config("rms_norm", *NORM_KEY)
+    assert stage.find(NORM) == rule
+    assert [config for site, config in lab.measured if site == NORM] == [rule]
+    assert stage.tuned[NORM] == rule
+    assert [result.space_template for result in stage.found_late] == ["rms_norm"]
+
+
+def test_what_an_earlier_run_found_for_such_a_site_is_taken_without_being_asked_for(tmp_path):
+    found, _, _ = refine(tmp_path, Lab(), NORM)
+    lab = Lab()
+    stage = Refinement(Settings(tuned_folder=tmp_path, max_trials=6, budget_s=60.0), H200, lab, ())
+    stage.run([NORM], apart={NORM})
+    assert stage.tuned == found.tuned
+    assert lab.measured == []
+
+
+def test_such_a_site_where_the_rule_of_thumb_fails_gets_no_kernel(tmp_path):
+    stage = Refinement(Settings(tuned_folder=tmp_path, budget_s=60.0), H200, Lab(fails=("rms_norm",)), ())
+    stage.run([NORM], apart={NORM})
+    assert stage.find(NORM) is None
+    assert stage.refused == {NORM}
 
 
 def test_a_rule_of_thumb_that_was_merely_measured_is_searched_where_it_stands(tmp_path):
     first = Refinement(Settings(tuned_folder=tmp_path, max_trials=6, budget_s=60.0), H200, Lab(), ())
     first.run([NORM], apart={NORM})
+    first.find(NORM)
     again = Lab()
     _, _, notes = refine(tmp_path, again, NORM)
     assert len(again.measured) > 1
