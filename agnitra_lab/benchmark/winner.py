@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Latency, Ratio
+from agnitra_lab.errors import AgnitraError
 
 # Two first measurements share no moment in time: what clocks drift in between is left as a margin.
 _CLEAR_LEAD = 1.1
@@ -125,6 +126,22 @@ def _is_ahead(result: CandidateResult, best: CandidateResult) -> bool:
     if not (_has_device(result) and _has_device(best)):
         return False
     return _WORTH_A_LOOK * _latency(result).latency_ms_p50 < _latency(best).latency_ms_p50
+
+
+def best_attempt(results: Sequence[CandidateResult]) -> Comparison:
+    """Return the comparison to show where no candidate is kept: the fastest of the equivalent ones, if any.
+
+    Raises:
+        AgnitraError: when none was compared, with every reason.
+    """
+    compared = [result.comparison for result in results if result.comparison is not None]
+    if not compared:
+        reasons = "; ".join(f"{result.name}: {result.reason}" for result in results)
+        raise AgnitraError(
+            f"No candidate could be compared. {reasons}", hint="Raise --budget, or see the reasons above."
+        )
+    honest = [comparison for comparison in compared if comparison.verdict != "not_equivalent"]
+    return max(honest or compared, key=lambda comparison: comparison.speedup.median)
 
 
 def _interval(ratio: Ratio) -> str:

@@ -8,12 +8,14 @@ verified and timed once; the final A/B is the benchmark's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from agnitra_lab.benchmark import winner as contest
+from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.contracts.measurement import CandidateResult
 from agnitra_lab.device.exclusive import waited_s
 from agnitra_lab.errors import AgnitraError
+from agnitra_lab.loop.earlier import Earlier
 from agnitra_lab.loop.rehearsal import Rehearsed
 from agnitra_lab.patch.candidates import Candidate, Plan
 from agnitra_lab.patch.install import Patch
@@ -24,6 +26,9 @@ _NEAR_THE_LIMIT = {"default": 1.03, "reduce-overhead": 1.03, "max-autotune": 1.1
 # Compile times over that of the same graph with Inductor's default options: max-autotune took 4 to 8 times as long for
 # 1.1B decoders on an H200.
 _MAX_AUTOTUNE_COST = 6.0
+# The same of a graph without kernels of ours, where one with them was compiled: they come compiled from their search,
+# and leave Inductor less to write. For a 1.1B decoder's step on an H200 torch.compile took 27 s after 9.
+_WITHOUT_KERNELS_COST = 3.0
 _NUM_KEPT = 3
 
 
@@ -37,8 +42,11 @@ class Chooser:
         budget_s: no candidate is begun that may not end within it.
         limit_ms: least time that the device allows for this work, None where it is not known.
         rehearse: judges a candidate elsewhere first; only one that would lead is then built here.
+        earlier: what a finished run of the same knows: its winner is tried first, and clear losers are not tried again
+            where that does as well as it did.
 
     Attributes:
+        tried: name -> the candidate, and its seconds from first step to verdict.
         results: every candidate with its verdict, in order.
         patches: the installed candidates that may still win.
         best: name of the fastest equivalent one so far, None while there is none.
@@ -53,7 +61,9 @@ class Chooser:
         budget_s: float,
         limit_ms: float | None = None,
         rehearse: Callable[[Candidate], Rehearsed] | None = None,
+        earlier: Earlier | None = None,
     ) -> None:
+        self._earlier = earlier
         self._plan = plan
         self._build = build
         self._screen = screen
@@ -62,6 +72,8 @@ class Chooser:
         self._rehearse = rehearse
         self._began_s = clock_s()
         self._compile_s: float | None = None
+        self._has_kernels = False
+        self.tried: dict[str, tuple[Candidate, float]] = {}
         self._candidates: dict[str, Candidate] = {}
         self._found: dict[str, frozenset[str]] = {}
         self._all_changes: Candidate | None = None
@@ -77,6 +89,9 @@ class Chooser:
 
     def run(self) -> None:
         """Run all rounds, as far as the budget goes."""
+        won = self._earlier.winner() if self._earlier is not None else None
+        if won is not None and self._plan.could_hold(won):
+            self._try_all([won])
         self._try_all(self._plan.first())
         while (whole := self._best_changed()) is not None and self._try_all(
             self._plan.without_one(whole, self._found.get(whole.name))
@@ -89,11 +104,15 @@ class Chooser:
         """Try one after the other; return whether any was built."""
         num_built = len(self._candidates)
         for candidate in candidates:
+            if any(result.name == candidate.name for result in self.results):
+                continue
             reason = self._why_not(candidate)
             if reason is not None:
                 self.results.append(CandidateResult(name=candidate.name, status="skipped", reason=reason))
             else:
+                started_s = clock_s()
                 self._try(candidate)
+                self.tried[candidate.name] = (candidate, clock_s() - started_s)
         return len(self._candidates) > num_built
 
     def _try(self, candidate: Candidate) -> None:
@@ -112,7 +131,7 @@ class Chooser:
         log = patch.log()
         self._found[candidate.name] = frozenset(descriptor.action for descriptor in log.descriptors)
         if candidate.mode == "default":
-            self._compile_s = clock_s() - started_s
+            self._note_compile(clock_s() - started_s, self._found[candidate.name])
             self._num_graphs = log.num_graphs
         self.results.append(self._screen(candidate.name, patch))
         self.patches[candidate.name] = patch
@@ -122,7 +141,7 @@ class Chooser:
         """File what a rehearsal found, unless it shows a new leader: that one is built, and judged, here."""
         result = rehearsed.result
         if candidate.mode == "default" and result.status != "failed":
-            self._compile_s = clock_s() - started_s
+            self._note_compile(clock_s() - started_s, candidate.changes)
             self._num_graphs = rehearsed.num_graphs
         if contest.contenders([*self.results, result])[:1] == [result]:
             return True
@@ -145,6 +164,9 @@ class Chooser:
     def _why_not(self, candidate: Candidate) -> str | None:
         spent_s = clock_s() - self._began_s
         best_ms = self._best_ms()
+        known = self._earlier.why_not(candidate, self.results) if self._earlier is not None else None
+        if known is not None:
+            return known
         if candidate.mode == "eager":
             kernels_ms = self._eager_kernels_ms()
             if best_ms is not None and kernels_ms is not None and best_ms < kernels_ms:
@@ -153,7 +175,7 @@ class Chooser:
         if candidate.mode == "default" and self._best_compiled() is None:
             # Whatever the budget: the answer must not be slower than plain torch.compile for want of a look at it.
             return None
-        expected_s = (self._compile_s or 0.0) * (_MAX_AUTOTUNE_COST if candidate.mode == "max-autotune" else 1.0)
+        expected_s = self._expected_s(candidate)
         if spent_s + expected_s > self._budget_s:
             return f"{spent_s:.0f} s of {self._budget_s:.0f} s are spent, and it may need {expected_s:.0f} s"
         near = _NEAR_THE_LIMIT[candidate.mode]
@@ -163,6 +185,23 @@ class Chooser:
                 f"{self._limit_ms:.3g} ms"
             )
         return None
+
+    def _note_compile(self, seconds: float, changes: Collection[str]) -> None:
+        self._compile_s = seconds
+        self._has_kernels = any(ACTIONS[name].kind == "template" for name in changes)
+
+    def _expected_s(self, candidate: Candidate) -> float:
+        """Return what a candidate may take: what it took before, else by what another has taken."""
+        earlier = self._earlier
+        known = earlier.cost_s(candidate) if earlier is not None else None
+        if known is not None:
+            return known
+        # What came from Inductor's cache says nothing of a graph that is not in it.
+        whole_s = max(self._compile_s or 0.0, earlier.most_s() if earlier is not None else 0.0)
+        if candidate.mode == "max-autotune":
+            return whole_s * _MAX_AUTOTUNE_COST
+        has_kernels = any(ACTIONS[name].kind == "template" for name in candidate.changes)
+        return whole_s * (_WITHOUT_KERNELS_COST if self._has_kernels and not has_kernels else 1.0)
 
     def _best_ms(self) -> float | None:
         ranked = contest.contenders(self.results)

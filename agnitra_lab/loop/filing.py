@@ -20,6 +20,7 @@ from agnitra_lab.contracts.suggestion import Proposal
 from agnitra_lab.contracts.telemetry import TelemetryRecord
 from agnitra_lab.contracts.usage import UsageEvent
 from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.errors import RollbackError
 from agnitra_lab.loop.settings import Settings
 from agnitra_lab.metering.usage import usage_event
 from agnitra_lab.patch.install import Patch
@@ -66,6 +67,21 @@ def file_comparisons(run: Run, results: Sequence[CandidateResult]) -> None:
     for result in results:
         if result.comparison is not None:
             run.write_json("bench", f"comparisons/{_file_stem(result.name)}.json", result.comparison)
+
+
+def file_certificate(run: Run, comparison: Comparison, winner: Patch | None) -> None:
+    """Write the proof that the winner computes the same, and that the original is as it was.
+
+    Raises:
+        RollbackError: when it is not.
+    """
+    run.write_json("certs", "equivalence.json", comparison.equivalence)
+    if winner is None:
+        return
+    proof = winner.prove_rollback()
+    run.write_json("certs", "rollback.json", proof)
+    if not proof.is_restored:
+        raise RollbackError(f"{winner.name} changed the original model: {proof.detail}.")
 
 
 def build_report(

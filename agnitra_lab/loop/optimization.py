@@ -25,7 +25,7 @@ from agnitra_lab.contracts.suggestion import Proposal, Suggestion
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device import info
 from agnitra_lab.device.peaks import measure_peaks
-from agnitra_lab.errors import AgnitraError, RollbackError
+from agnitra_lab.errors import AgnitraError
 from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
 from agnitra_lab.graph import semantics
@@ -34,6 +34,7 @@ from agnitra_lab.loop import filing, preflight
 from agnitra_lab.loop.advice import Advice
 from agnitra_lab.loop.adviser import Adviser
 from agnitra_lab.loop.chooser import Chooser
+from agnitra_lab.loop.earlier import Earlier, StaleRecordError
 from agnitra_lab.loop.kernel_lab import KernelLab
 from agnitra_lab.loop.refinement import Refinement
 from agnitra_lab.loop.regions import explain
@@ -102,6 +103,9 @@ class Optimization:
         self.comparison: Comparison
         self.against_best: Comparison | None = None
         self.peaks: DevicePeaks | None = None
+        self.tried: dict[str, tuple[candidates.Candidate, float]] = {}
+        self.earlier = Earlier(workload, settings, self.device_info)
+        self.earlier.remind()
         self.emit("run.started", workload=workload.name, device=self.device_info.name)
 
     def run_all(self) -> Result:
@@ -141,7 +145,7 @@ class Optimization:
         started = time.monotonic()
         self._tell("asking the rewrites what they find, and for advice")
         toolchain.warm_up(self.device.type)
-        self.surveyed = find_sites(self.workload, self.device)
+        self.surveyed = self.earlier.surveyed() or find_sites(self.workload, self.device)
         is_measured = self.lab is not None and why_no_kernels() is None
         self.advice = self._adviser.ask(
             self.telemetry.record, self.profile_of_workload, self.device_info, self.surveyed.findable,
@@ -154,6 +158,7 @@ class Optimization:
             self.emit("optimization.fallback", reason=fallback.reason, detail=fallback.detail)
         names = ", ".join(suggestion.action for suggestion in self.proposal.suggestions) or "nothing to try"
         line = f"{names} (from {self.proposal.model or self.proposal.source})"
+        line += f"; the graph as in run {self.earlier.run_id}" if self.earlier.run_id else ""
         status: Literal["done", "fallback"] = "fallback" if fallback else "done"
         self._checkpoint("suggest", fallback.banner + "; " + line if fallback else line, started, status)
         return self.proposal
@@ -219,9 +224,13 @@ class Optimization:
                 budget_s=self.settings.budget_s,
                 limit_ms=self._limit_ms(),
                 rehearse=rehearse,
+                earlier=self.earlier,
             )
-            self.patches, self.results = chooser.patches, chooser.results
-            chooser.run()
+            self.patches, self.results, self.tried = chooser.patches, chooser.results, chooser.tried
+            try:
+                chooser.run()
+            except StaleRecordError:
+                return self._patch_anew()
         if late.found_late:
             self.searches = [*self.searches, *late.found_late]
             filing.file_searches(self.run, late.found_late, late.ledgers)
@@ -237,7 +246,9 @@ class Optimization:
         """Hold the finalists against each other, then the winner against eager once more, for longer."""
         started = time.monotonic()
         final = self._choose_winner()
-        self.comparison = self.winner.comparison if self.winner and self.winner.comparison else self._best_attempt()
+        self.comparison = (
+            self.winner.comparison if self.winner and self.winner.comparison else contest.best_attempt(self.results)
+        )
         self.against_best = self._against_best_mode(final)
         self.results = contest.pass_over(self.results, self.winner, final)
         filing.file_comparisons(self.run, self.results)
@@ -248,7 +259,7 @@ class Optimization:
         """Write the report card, the JSON artifacts and the usage event, and finish the run."""
         started = time.monotonic()
         explained = self._explain()
-        self._file_certificate()
+        filing.file_certificate(self.run, self.comparison, self.patches.get(self.winner_name))
         self.close()
         self._checkpoint("report", f"run {self.run.run_id}", started)
         winner = self.patches.get(self.winner_name)
@@ -277,6 +288,8 @@ class Optimization:
         self.emit("optimization.completed", winner=finished.winner, verdict=finished.comparison.verdict)
         intended = filing.budget(self.workload, self.settings, self.profile_of_workload)
         self.run.finish_all(summary.optimization_summaries(finished, self._meta, budget=intended))
+        kept = self.winner.name if self.winner else None
+        self.earlier.keep(self.run.run_id, self.surveyed, self.tried, self.results, kept)
         self.patches.clear()
         return Result(finished, self.run, self.telemetry, self.workload, winner)
 
@@ -351,9 +364,15 @@ class Optimization:
         # Only while a candidate is built: a drop-in that meets new shapes later asks nobody.
         self.kernels.find = late.find if self.lab is not None else None
         try:
-            return candidates.build(self.workload, candidate, kernels)
+            patch = candidates.build(self.workload, candidate, kernels)
         finally:
             self.kernels.find = None
+        try:
+            self.earlier.check(patch)
+        except StaleRecordError:
+            patch.discard()
+            raise
+        return patch
 
     @contextmanager
     def _rehearsing(self, kernels: templates.KernelBook | None) -> Iterator[Rehearsal | None]:
@@ -370,6 +389,14 @@ class Optimization:
             yield rehearsal
         finally:
             rehearsal.close()
+
+    def _patch_anew(self) -> dict[str, Patch]:
+        """Run everything again up to here: the model is not the one that an earlier run knew."""
+        self.earlier.forget()
+        self.checkpoints.clear()
+        for stage in (self.profile, self.suggest, self.refine, self.generate):
+            stage()
+        return self.patch()
 
     def _compare(self, name: str, patch: Patch, budget_s: float, *, is_brief: bool) -> Comparison:
         self._tell(f"checking and timing {name}")
@@ -446,16 +473,6 @@ class Optimization:
             rate = max(rate, halves / _PRODUCTS_OF_A_SPLIT)
         return self._believed_ms(flops / (rate * 1e12) * 1e3) if flops and rate else None
 
-    def _best_attempt(self) -> Comparison:
-        compared = [result.comparison for result in self.results if result.comparison is not None]
-        if not compared:
-            reasons = "; ".join(f"{result.name}: {result.reason}" for result in self.results)
-            raise AgnitraError(
-                f"No candidate could be compared. {reasons}", hint="Raise --budget, or see the reasons above."
-            )
-        honest = [comparison for comparison in compared if comparison.verdict != "not_equivalent"]
-        return max(honest or compared, key=lambda comparison: comparison.speedup.median)
-
     def _explain(self) -> tuple[Region, ...]:
         winner = self.patches.get(self.winner_name)
         if winner is None or not self.settings.is_explained:
@@ -471,16 +488,6 @@ class Optimization:
             return ()
         finally:
             self.reference.state.put_back()
-
-    def _file_certificate(self) -> None:
-        self.run.write_json("certs", "equivalence.json", self.comparison.equivalence)
-        winner = self.patches.get(self.winner_name)
-        if winner is None:
-            return
-        proof = winner.prove_rollback()
-        self.run.write_json("certs", "rollback.json", proof)
-        if not proof.is_restored:
-            raise RollbackError(f"{self.winner_name} changed the original model: {proof.detail}.")
 
     def _meta(self, kind: Kind) -> Meta:
         return filing.meta(self.run.run_id, kind, self.workload, self.settings, self.device_info)

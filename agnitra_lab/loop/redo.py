@@ -82,6 +82,7 @@ def _take_kernels(fresh: Optimization, earlier: Optimization) -> None:
 
 def _take_patches(fresh: Optimization, earlier: Optimization) -> None:
     fresh.patches, fresh.results, fresh.peaks = dict(earlier.patches), list(earlier.results), earlier.peaks
+    fresh.tried = dict(earlier.tried)
     filing.file_patches(fresh.run, fresh.patches)
 
 

@@ -5,11 +5,13 @@ Dynamo graph -> rewrites in a fixed order (a failing one is dropped, never the c
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from agnitra_lab.contracts.kernel import KernelSource
 from agnitra_lab.contracts.patch import PatchDescriptor, Refusal
@@ -17,6 +19,8 @@ from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.context import RewriteContext
 from agnitra_lab.patch.rewrites import REWRITES
 from agnitra_lab.patch.weights import DerivedWeight, WeightGuard
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
 class Backend:
@@ -33,6 +37,7 @@ class Backend:
         refusals: every change asked for and not made.
         dynamo_options: what Dynamo's config must say while it traces, for the rewrites to see what they look for.
         num_graphs: graphs that Dynamo handed over.
+        graphs_sha256: of all of them, as they came.
         failure: what Inductor raised on the last graph that it could not compile.
     """
 
@@ -55,6 +60,7 @@ class Backend:
         self.descriptors: list[PatchDescriptor] = []
         self.refusals: list[Refusal] = []
         self.num_graphs = 0
+        self.graphs_sha256 = ""
         self.failure: Exception | None = None
         self.guards: list[WeightGuard] = []
         self._graphs: list[_CompiledGraph] = []
@@ -69,6 +75,7 @@ class Backend:
             PatchError: when Inductor cannot compile the rewritten graph.
         """
         self.num_graphs += 1
+        self.graphs_sha256 = hashlib.sha256((self.graphs_sha256 + _facts(graph_module.graph)).encode()).hexdigest()
         guard, unchanged = self._rewrite(graph_module, example_inputs)
         try:
             run = self._lower(graph_module, list(example_inputs))
@@ -267,6 +274,32 @@ def _copy(graph: fx.Graph) -> fx.Graph:
             new._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
         mapping[node] = new
     return copied
+
+
+def _facts(graph: fx.Graph) -> str:
+    """Say what a graph computes on what, without the names of its nodes."""
+    numbers = {node: number for number, node in enumerate(graph.nodes)}
+
+    def fact(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return f"%{numbers[value]}"
+        if isinstance(value, Mapping):
+            return [(name, fact(item)) for name, item in value.items()]
+        if isinstance(value, (list, tuple)):
+            return [fact(item) for item in value]
+        if isinstance(value, slice):
+            return [fact(value.start), fact(value.stop), fact(value.step)]
+        # The address of anything else is another in each process.
+        return repr(value) if isinstance(value, _PLAIN) else type(value).__name__
+
+    rows = []
+    for node in graph.nodes:
+        value = node.meta.get("example_value")
+        is_strided = isinstance(value, Tensor) and value.layout is torch.strided
+        kind = (tuple(value.shape), value.stride(), value.dtype, value.device) if is_strided else type(value).__name__
+        target = "" if node.op == "placeholder" else str(getattr(node.target, "__qualname__", node.target))
+        rows.append((node.op, target, fact(node.args), fact(node.kwargs), kind))
+    return repr(rows)
 
 
 def first_line(error: BaseException) -> str:

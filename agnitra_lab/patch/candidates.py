@@ -111,6 +111,11 @@ class Plan:
             actions = tuple(name for name in whole.actions if name != left_out)
             yield from self._allowed([Candidate(f"{whole.name}-{left_out}", whole.mode, actions)])
 
+    def could_hold(self, candidate: Candidate) -> bool:
+        """Whether a round could list a candidate, such as the winner of an earlier run."""
+        possible = {*self._possible, *self._base}
+        return set(candidate.actions) <= possible and bool(self._allowed([candidate]))
+
     def names(self) -> list[str]:
         """Return every name that a plan on this device could hold."""
         ours = Candidate("agnitra", "default", self._changes)

@@ -51,6 +51,7 @@ class Patch:
         name: the candidate's name.
         model: the drop-in.
         compile_s: wall seconds of the first call, which compiles; None for eager.
+        graph_sha256: of what Dynamo made of the model in that call; None where it was not asked.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Patch:
         self.name = name
         self.model = model
         self.compile_s = compile_s
+        self.graph_sha256: str | None = None
         self._workload = workload
         self._before = before
         self._backend: Backend | None = None
@@ -175,6 +177,7 @@ def install(
     backend = Backend(actions, kernels=kernels, options=merged, is_lowered=is_lowered)
     before = _Before(workload)
     patch = _compile(name, workload, before, {"backend": backend}, merged)
+    patch.graph_sha256 = backend.graphs_sha256 or None
     refusals += _take_fast_path(patch, workload, before, backend, should_capture="cuda_graph" in taken)
     taken = [action for action in taken if action not in {refusal.action for refusal in refusals}]
     patch._backend = backend

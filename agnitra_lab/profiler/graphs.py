@@ -100,16 +100,40 @@ def capture_roots(
     return found
 
 
-def remember(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], graph: CompiledGraph) -> None:
-    """Keep the graph that Dynamo made of a module, so that a profile of its compiled calls need not trace it again.
+def remember(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], graph: CompiledGraph, *,
+    is_compiled: bool = True,
+) -> None:  # fmt: skip
+    """Keep a graph of a module, so that a profile of its calls need not trace it.
 
     Args:
         module: the original.
         args, kwargs: what it was traced on.
-        graph: what `capture_compiled` would find.
+        graph: what `capture_compiled` would find, or `capture` for calls that are not compiled.
+        is_compiled: which of the two.
     """
-    key = (_state(module), signature_of(args, dict(kwargs)), True, False)
-    _keep(_known.setdefault(module, {}), key, _of_compiled(graph))
+    _keep(_known.setdefault(module, {}), _key(module, args, kwargs, is_compiled=is_compiled), _of_compiled(graph))
+
+
+def remembered(
+    module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_compiled: bool
+) -> CompiledGraph | None:
+    """Return the graph that a profile or `remember` has kept of a module, None where neither has."""
+    known = _known.get(module, {}) if isinstance(module, nn.Module) else {}
+    found = known.get(_key(module, args, kwargs, is_compiled=is_compiled))
+    return CompiledGraph(found.handoff, found.origin_of, found.note) if found is not None else None
+
+
+def forget(module: Any) -> None:
+    """Drop every graph of a module."""
+    if isinstance(module, nn.Module):
+        _known.pop(module, None)
+
+
+def _key(
+    module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_compiled: bool, has_backward: bool = False
+) -> Hashable:
+    return _state(module), signature_of(args, dict(kwargs)), is_compiled, is_compiled and has_backward
 
 
 def _keep(known: dict[Hashable, _Traced], key: Hashable, entry: _Traced) -> None:
@@ -124,7 +148,7 @@ def _of_compiled(graph: CompiledGraph) -> _Traced:
 
 def _traced(call: RootCall, *, is_compiled: bool, has_backward: bool) -> _Traced:
     module = original_module(call.module)
-    key = (_state(module), signature_of(call.args, call.kwargs), is_compiled, is_compiled and has_backward)
+    key = _key(module, call.args, call.kwargs, is_compiled=is_compiled, has_backward=has_backward)
     known = _known.setdefault(module, {}) if isinstance(module, nn.Module) else {}
     if key not in known:
         _keep(known, key, _trace(call, is_compiled=is_compiled, has_backward=has_backward))

@@ -8,6 +8,7 @@ import pytest
 
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Equivalence, Latency, Ratio
 from agnitra_lab.errors import PatchError
+from agnitra_lab.loop import chooser as chooser_module
 from agnitra_lab.loop.chooser import Chooser
 from agnitra_lab.loop.rehearsal import Rehearsed
 from agnitra_lab.patch.candidates import Plan
@@ -198,3 +199,25 @@ def test_combo_kernels_compete_on_top_of_the_best_and_only_where_they_were_asked
     assert "torch.compile:combo-kernels" in [candidate.name for candidate in plan.second(None, 1)]
     for other in (Plan(("qkv_concat",), "cuda"), Plan(("qkv_concat", "combo_kernels"), "cpu")):
         assert not [name for name in other.names() if "combo" in name]
+
+
+@pytest.mark.parametrize(("found", "is_tried"), [(("rms_norm",), False), (("qkv_concat",), True)])
+def test_plain_torch_compile_is_expected_to_take_longer_after_a_graph_with_kernels_of_ours(
+    monkeypatch, found, is_tried
+):
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(chooser_module, "clock_s", lambda: now.s)
+
+    def build(candidate):
+        now.s += 9.0
+        return Built(candidate.name, found=found)
+
+    chooser = Chooser(Plan(ACTIONS, "cuda"), build, lambda name, patch: result_of(name, 4.0), budget_s=34.0)
+    chooser.run()
+    assert ("torch.compile" in tried(chooser)) == is_tried
+
+
+def test_each_candidate_that_was_tried_is_kept_with_what_it_took():
+    chooser, built = run({"agnitra": 4.0})
+    assert set(chooser.tried) == set(built)
+    assert all(seconds >= 0 for _, seconds in chooser.tried.values())

@@ -166,3 +166,14 @@ def test_the_users_own_compiled_copy_works_before_and_after(patched):
         patch.rollback()
         assert torch.equal(users(X), expected)
     assert len(graphs) == 1
+
+
+def test_the_same_model_has_the_same_graph_whatever_is_patched_and_another_has_another(patched):
+    found = [
+        patched(build(model), actions, x).graph_sha256
+        for model, actions, x in (
+            (GatedMLP, ["gate_up_concat"], X), (GatedMLP, [], X), (GatedMLP, [], X[:1]), (Attention, [], X),
+        )
+    ]  # fmt: skip
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
