@@ -30,8 +30,8 @@ class Settings:
         max_trials: measurements a kernel search may make.
         budget_s: seconds for building and screening candidates: one is begun while they last, the others are listed
             as skipped. Kernel searches may take another 30% of them.
-        is_warm: take kernel configs that earlier runs found on this machine.
-        tuned_folder: where those lie; by default AGNITRA_CACHE_DIR, else the user's cache folder.
+        is_warm: take kernel configs that earlier runs found on this machine, and what they learnt of the same model.
+        tuned_folder: where both lie; by default AGNITRA_CACHE_DIR, else the user's cache folder.
         timing_s: seconds of interleaved timing a candidate.
         seed: of every random choice.
         tokens_processed: volume that the usage event accounts for, in the workload's items.

@@ -170,6 +170,38 @@ def test_group_norm_agrees_with_fp64(shape: tuple[int, ...], num_groups: int, dt
             assert problem(call(x, num_groups, *affine, EPS, is_silu), expected) is None, config.key()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("has_residual", "spatial"), [(True, 0), (False, 80), (False, 3)])
+def test_programs_that_wait_and_read_again_agree_with_fp64(
+    dtype: torch.dtype, has_residual: bool, spatial: int
+) -> None:
+    rows, cols, groups, split = 2, 720, 2, 3
+    x, residual = (torch.randn(rows, cols + 7) + 1).to(dtype)[:, :cols], torch.randn(rows, cols).to(dtype)
+    weight, bias = torch.randn(groups * cols), torch.randn(groups * cols).to(dtype)
+    if not spatial:
+        groups, weight, bias = 1, weight[:cols], bias[:cols]
+    elif groups * cols // spatial < len(weight):
+        weight, bias = weight[: groups * cols // spatial], bias[: groups * cols // spatial]
+    out, summed = torch.full((rows, cols), math.nan).to(dtype), torch.full((rows, cols), math.nan).to(dtype)
+    moments = torch.full((rows, split, 3), math.nan)
+    (kernel,) = [each for each in registry.load("group_norm").kernel if each.fn.__name__ == "_waiting_kernel"]
+    for _ in range(2):
+        # Programs run one by one here: all have arrived before the first waits, and the second launch has all moments.
+        arrived = torch.full((rows + 1,), split, dtype=torch.int32)
+        arrived[0] = 0
+        kernel[(rows * split,)](
+            x, residual, weight, bias, out, summed if has_residual else x, moments, arrived, cols, groups, x.stride(0),
+            cols, EPS, HAS_RESIDUAL=has_residual, HAS_WEIGHT=True, HAS_BIAS=True, IS_SILU=True, SPATIAL=spatial,
+            SPLIT=split, SPLIT_LANES=1 << (split - 1).bit_length(), BLOCK_N=64, NUM_STAGES=1,
+        )  # fmt: skip
+    h = (x + residual) if has_residual else x
+    channels = [tensor.double().repeat_interleave(spatial or 1).view(groups, cols) for tensor in (weight, bias)]
+    scale, shift = (tensor.repeat(rows // groups, 1) for tensor in channels)
+    normed = torch.nn.functional.layer_norm(h.double(), (cols,), eps=EPS)
+    assert problem(out, torch.nn.functional.silu(normed * scale + shift)) is None
+    assert not has_residual or problem(summed, h.double()) is None
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "sigmoid"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_gate_agrees_with_fp64_and_keeps_its_limits(activation: str, dtype: torch.dtype) -> None:

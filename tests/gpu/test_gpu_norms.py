@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from torch.nn import functional as F  # noqa: E402
 
-from agnitra_lab.contracts import Workload  # noqa: E402
+from agnitra_lab.contracts import KernelConfig, Workload  # noqa: E402
 from agnitra_lab.generate import registry  # noqa: E402
 from agnitra_lab.generate.defaults import default_config  # noqa: E402
 from agnitra_lab.generate.kernels import KernelBook  # noqa: E402
@@ -141,6 +141,18 @@ def test_many_rows_that_are_held_by_waiting_programs_are_each_right() -> None:
     joined = [config for config in joined if config.params["SPLIT"] > 1]
     assert joined
     for config in joined:
+        for _ in range(3):
+            output = render(config).call(x, 1, weight, bias, EPS)
+            assert error(output, exact) <= 1.25 * error(eager, exact), config.key()
+
+
+def test_many_rows_whose_programs_wait_and_read_again_are_each_right() -> None:
+    x, weight, bias = random(257, 40, 1000), random(40), random(40)
+    exact = F.group_norm(x.double(), 1, weight.double(), bias.double(), EPS)
+    eager = F.group_norm(x, 1, weight, bias, EPS)
+    point = {"BLOCK_N": 1024, "ROWS_PER_PROGRAM": 1, "num_warps": 4}
+    for split, stages in ((4, 1), (8, 3), (16, 1), (64, 1)):
+        config = KernelConfig(template="group_norm", params={**point, "SPLIT": split, "num_stages": stages})
         for _ in range(3):
             output = render(config).call(x, 1, weight, bias, EPS)
             assert error(output, exact) <= 1.25 * error(eager, exact), config.key()

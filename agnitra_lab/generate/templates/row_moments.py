@@ -2,9 +2,9 @@
 
 A row that fits in a block is read once and centred in registers. A longer one is read twice: its moments are gathered
 lane by lane in Welford's recurrence and merged by Chan's rule, never as E[x^2] - E[x]^2, which cancels. A row may also
-be SPLIT over programs. Where SPLIT blocks hold it, they keep their parts in registers and wait for each other's
-moments: one read. Where they do not, one kernel leaves the moments of every chunk, the next one merges them and
-normalises.
+be SPLIT over programs, which wait for each other's moments. Where SPLIT blocks hold it, they keep their parts in
+registers: one read. Where they do not, each loops over its part and reads it again from the L2 once it has waited. Of
+more than may wait, one kernel leaves the moments of every part, the next one merges them and normalises.
 """
 
 import torch
@@ -20,72 +20,22 @@ from agnitra_lab.generate.templates.moments import (
     _two_parts,
     _update_moments,
 )
-
-
-@triton.jit
-def _sum_at(x_at, residual_at, mask, dtype: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
-    h = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        h += tl.load(residual_at, mask=mask, other=0.0).to(tl.float32)
-        h = h.to(dtype).to(tl.float32)
-    return h
-
-
-@triton.jit
-def _spread(values, ROWS: tl.constexpr, COUNT: tl.constexpr, ALIKE: tl.constexpr):
-    # Each value ALIKE times, one after the other.
-    wide = tl.broadcast_to(tl.reshape(values, (ROWS, COUNT, 1)), (ROWS, COUNT, ALIKE))
-    return tl.reshape(wide, (ROWS, COUNT * ALIKE))
-
-
-@triton.jit
-def _affine(
-    weight_ptr,
-    bias_ptr,
-    offs_m,
-    start,
-    num_cols,
-    num_groups,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SPATIAL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    # Values that lie in one vector of a thread and share their weight are looked up as one.
-    ALIKE: tl.constexpr = 1 if SPATIAL % 4 != 0 or SPATIAL == 0 else (8 if SPATIAL % 8 == 0 else 4)
-    offs_n = start + ALIKE * tl.arange(0, BLOCK_N // ALIKE)
-    mask = (offs_n < num_cols)[None, :]
-    if SPATIAL == 0:
-        index = offs_n[None, :]
-    else:
-        # A row is one group: each run of SPATIAL values has one channel's weight. SPATIAL is a constant because a
-        # division by a variable for each value would cost more than the memory does.
-        first = ((offs_m % num_groups).to(tl.int32) * (num_cols // SPATIAL))[:, None]
-        if SPATIAL % BLOCK_N == 0:
-            index = first + start // SPATIAL
-            mask = first >= 0
-        else:
-            index = first + (offs_n // SPATIAL)[None, :]
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + index, mask=mask, other=0.0).to(tl.float32)
-        if ALIKE > 1 and SPATIAL % BLOCK_N != 0:
-            weight = _spread(weight, offs_m.shape[0], BLOCK_N // ALIKE, ALIKE)
-    else:
-        weight = tl.full((1, 1), 1.0, tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + index, mask=mask, other=0.0).to(tl.float32)
-        if ALIKE > 1 and SPATIAL % BLOCK_N != 0:
-            bias = _spread(bias, offs_m.shape[0], BLOCK_N // ALIKE, ALIKE)
-    else:
-        bias = tl.full((1, 1), 0.0, tl.float32)
-    return weight, bias
-
-
-@triton.jit
-def _activated(value, IS_SILU: tl.constexpr):
-    if IS_SILU:
-        value = value / (1.0 + tl.exp(-value))
-    return value
+from agnitra_lab.generate.templates.row_parts import (
+    _activated,
+    _affine,
+    _apply_kernel,
+    _chunk_kernel,
+    _joined_kernel,
+    _leave,
+    _part_moments,
+    _read_parts,
+    _row_moments,
+    _spread,
+    _sum_at,
+    _waiting_kernel,
+    _write_part,
+)
+from agnitra_lab.generate.templates.row_points import MAX_WAITING
 
 
 @triton.jit
@@ -188,180 +138,31 @@ def _loop_kernel(
         tl.store(out_ptr + out_at, _activated(normed * weight + bias, IS_SILU).to(dtype), mask=mask)
 
 
-@triton.jit
-def _chunk_kernel(
-    x_ptr,
-    residual_ptr,
-    summed_ptr,
-    moments_ptr,
-    num_rows,
-    num_cols,
-    stride_xm,
-    stride_rm,
-    HAS_RESIDUAL: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    dtype = summed_ptr.dtype.element_ty
-    # A program takes every SPLIT-th block of a row, so that what runs at one time reads neighbouring memory. Long runs
-    # are at the mercy of their stride: 128 KB took 726 us where 64 KB took 298 (16 x 4194304 fp32, H100). Programs next
-    # to each other have the same blocks of different rows, which then share a read of the weight.
-    row = (tl.program_id(0) % num_rows).to(tl.int64)
-    part = tl.program_id(0) // num_rows
-    lanes = tl.arange(0, BLOCK_N)[None, :]
-    mean_lanes = tl.zeros((1, BLOCK_N), dtype=tl.float32)
-    m2_lanes = tl.zeros((1, BLOCK_N), dtype=tl.float32)
-    for start in tl.range(part * BLOCK_N, num_cols, SPLIT * BLOCK_N, num_stages=NUM_STAGES):
-        offs_n = start + lanes
-        mask = offs_n < num_cols
-        h = _sum_at(
-            x_ptr + row * stride_xm + offs_n, residual_ptr + row * stride_rm + offs_n, mask, dtype, HAS_RESIDUAL
-        )
-        if HAS_RESIDUAL:
-            tl.store(summed_ptr + row * num_cols + offs_n, h.to(dtype), mask=mask)
-        mean_lanes, m2_lanes = _update_moments(mean_lanes, m2_lanes, h, mask, start // (SPLIT * BLOCK_N) + 1)
-    count = tl.cdiv(tl.maximum(num_cols - part * BLOCK_N - lanes, 0), SPLIT * BLOCK_N).to(tl.float32)
-    mean, rest, m2 = _merge_moments(mean_lanes, m2_lanes, count, tl.maximum(tl.sum(count), 1.0))
-    at = moments_ptr + (row * SPLIT + part) * 3 + tl.arange(0, 1)
-    tl.store(at, mean)
-    tl.store(at + 1, rest)
-    tl.store(at + 2, m2)
-
-
-@triton.jit
-def _read_parts(moments, count, num_cols, CACHE: tl.constexpr):
-    # A part without values has nothing in memory.
-    mean = tl.load(moments, mask=count > 0, other=0.0, cache_modifier=CACHE)
-    rest = tl.load(moments + 1, mask=count > 0, other=0.0, cache_modifier=CACHE)
-    m2 = tl.load(moments + 2, mask=count > 0, other=0.0, cache_modifier=CACHE)
-    return _merge_parts(mean, rest, m2, count.to(tl.float32), num_cols * 1.0)
-
-
-@triton.jit
-def _apply_kernel(
-    x_ptr,
-    moments_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    num_rows,
-    num_cols,
-    num_groups,
-    stride_xm,
-    eps,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IS_SILU: tl.constexpr,
-    SPATIAL: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SPLIT_LANES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    CYCLE: tl.constexpr = SPLIT * BLOCK_N
-    # Backwards, programs and blocks: what the kernel before read last is still in the L2.
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    offs_m = (pid % num_rows).to(tl.int64) + tl.arange(0, 1)
-    first = (pid // num_rows) * BLOCK_N
-    parts = tl.arange(0, SPLIT_LANES)
-    rest = num_cols % CYCLE - parts * BLOCK_N
-    count = num_cols // CYCLE * BLOCK_N + tl.minimum(tl.maximum(rest, 0), BLOCK_N)
-    count = tl.where(parts < SPLIT, count, 0)
-    row = (pid % num_rows).to(tl.int64)
-    moments = moments_ptr + (row * SPLIT + parts) * 3
-    mean, rest, m2 = _read_parts(moments, count, num_cols, "")
-    scale = _scale_of(m2, num_cols * 1.0, eps)
-    num_steps = tl.cdiv(tl.maximum(num_cols - first, 0), CYCLE)
-    for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
-        start = first + (num_steps - 1 - step) * CYCLE
-        offs_n = (start + tl.arange(0, BLOCK_N))[None, :]
-        mask = offs_n < num_cols
-        h = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n, mask=mask, other=0.0).to(tl.float32)
-        weight, bias = _affine(
-            weight_ptr, bias_ptr, offs_m, start, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
-        )
-        out = _activated((h - mean - rest) * scale * weight + bias, IS_SILU).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + offs_m[:, None] * num_cols + offs_n, out, mask=mask)
-
-
-@triton.jit
-def _joined_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    summed_ptr,
-    moments_ptr,
-    count_ptr,
-    num_cols,
-    num_groups,
-    stride_xm,
-    stride_rm,
-    eps,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IS_SILU: tl.constexpr,
-    SPATIAL: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SPLIT_LANES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    dtype = out_ptr.dtype.element_ty
-    # By ticket: all those that a program waits for have begun, whatever the order in which the device starts them.
-    ticket = tl.atomic_add(count_ptr, 1, sem="relaxed")
-    row, start = (ticket // SPLIT).to(tl.int64), (ticket % SPLIT) * BLOCK_N
-    offs_m = row + tl.arange(0, 1).to(tl.int64)
-    offs_n = start + tl.arange(0, BLOCK_N)[None, :]
-    mask = offs_n < num_cols
-    h = _sum_at(x_ptr + row * stride_xm + offs_n, residual_ptr + row * stride_rm + offs_n, mask, dtype, HAS_RESIDUAL)
-    if HAS_RESIDUAL:
-        tl.store(summed_ptr + row * num_cols + offs_n, h.to(dtype), mask=mask)
-    total = tl.minimum(num_cols - start, BLOCK_N) * 1.0
-    mean = tl.div_rn(tl.sum(h, axis=1), total)
-    centred = tl.where(mask, h - mean[:, None], 0.0)
-    shift = tl.div_rn(tl.sum(centred, axis=1), total)
-    mean, rest = _two_parts(mean, shift)
-    at = moments_ptr + ticket * 3 + tl.arange(0, 1)
-    tl.store(at, mean)
-    tl.store(at + 1, rest)
-    tl.store(at + 2, tl.sum(centred * centred, axis=1) - total * shift * shift)
-    wait_for_all(count_ptr + 1 + row, SPLIT)
-    parts = tl.arange(0, SPLIT_LANES)
-    count = tl.minimum(tl.maximum(num_cols - parts * BLOCK_N, 0), BLOCK_N)
-    moments = moments_ptr + (row * SPLIT + parts) * 3
-    # Past the L1: other multiprocessors wrote these.
-    mean, rest, m2 = _read_parts(moments, count, num_cols, ".cg")
-    scale = _scale_of(m2, num_cols * 1.0, eps)
-    weight, bias = _affine(
-        weight_ptr, bias_ptr, offs_m, start, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
-    )
-    out = _activated((h - mean - rest) * scale * weight + bias, IS_SILU).to(dtype)
-    tl.store(out_ptr + row * num_cols + offs_n, out, mask=mask)
-
-
 KERNELS = (
     wait_for_all,
     _two_parts,
     _merge_moments,
     _merge_parts,
     _read_parts,
+    _row_moments,
     _update_moments,
     _scale_of,
     _sum_at,
     _spread,
     _affine,
     _activated,
+    _part_moments,
+    _leave,
+    _write_part,
     _joined_kernel,
+    _waiting_kernel,
     _block_kernel,
     _loop_kernel,
     _chunk_kernel,
     _apply_kernel,
 )
-"""What a rendered source needs: device functions, then the kernels of parts that wait, of one block, of a loop, and the
-two of a split."""
+"""What a rendered source needs: device functions, then the kernels of parts that wait (in blocks, in loops), of one
+block, of a loop, and the two of a split."""
 IS_COMPILED = isinstance(_block_kernel, triton.JITFunction)
 
 
@@ -432,9 +233,12 @@ def _normalise_split(tensors, numbers, split, num_stages, has_residual, affine, 
     num_rows, num_cols = x_MN.shape
     moments = torch.empty((num_rows, split, 3), dtype=torch.float32, device=x_MN.device)
     lanes = {"SPLIT": split, "SPLIT_LANES": 1 << (split - 1).bit_length()}
-    if split * options["BLOCK_N"] >= num_cols and split <= _most_waiting(x_MN.device):
+    is_held = bool(split * options["BLOCK_N"] >= num_cols)
+    if not is_held:
+        options["NUM_STAGES"] = num_stages
+    if split <= min(_most_waiting(x_MN.device), MAX_WAITING):
         arrivals = torch.zeros(num_rows + 1, dtype=torch.int32, device=x_MN.device)
-        _launcher(_joined_kernel)[(num_rows * split,)](
+        _launcher(_joined_kernel if is_held else _waiting_kernel)[(num_rows * split,)](
             *tensors, moments, arrivals, num_cols, num_groups, stride_xm, stride_rm, eps, HAS_RESIDUAL=has_residual,
             **lanes, **affine, **options,
         )  # fmt: skip

@@ -19,6 +19,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         "IS_LOG": False, "IS_FP32": True, "IS_ONE_BLOCK": True, "SPLIT": 8, "BLOCK_SPLIT": 8, "NUM_STAGES": 1,
     },
     "_parts": {"IS_SECOND": True, "IS_LOG": True, "IS_FP32": False, "SPLIT": 8, "BLOCK_SPLIT": 8, "NUM_STAGES": 2},
+    "_waiting_kernel": {
+        "HAS_RESIDUAL": False, "HAS_WEIGHT": True, "HAS_BIAS": True, "IS_SILU": True, "SPATIAL": 65536, "SPLIT": 8,
+        "SPLIT_LANES": 8, "NUM_STAGES": 1,
+    },
     "_tokens": {"HAS_SMOOTHING": False, "IS_ONE_BLOCK": False, "ROWS_PER_PROGRAM": 1, "SPLIT": 1, "NUM_STAGES": 3},
     "_join": {"HAS_SMOOTHING": True, "SPLIT": 8, "BLOCK_SPLIT": 8},
     "_sums": {"HAS_MASK": False, "SPLIT": 8, "NUM_STAGES": 2},
@@ -29,12 +33,13 @@ FLAGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TYPES = {
     "part_ptr": "*fp32", "count_ptr": "*i32", "target_ptr": "*i64", "loss_ptr": "*fp32", "mask_ptr": "*u8",
-    "smoothing": "fp32",
+    "moments_ptr": "*fp32", "smoothing": "fp32", "eps": "fp32",
 }  # fmt: skip
 CASES = [
     ("softmax", "_rows", "bf16"),
     ("softmax", "_joined", "fp32"),
     ("softmax", "_parts", "bf16"),
+    ("group_norm", "_waiting_kernel", "bf16"),
     ("cross_entropy", "_tokens", "bf16"),
     ("cross_entropy", "_join", "bf16"),
     ("cumsum", "_sums", "fp32"),
@@ -54,7 +59,11 @@ def ptx(template: str, name: str, dtype: str) -> str:
         function,
         types | dict.fromkeys(constants, "constexpr"),
         constexprs={positions[key]: value for key, value in constants.items()},
-        attrs={positions[key]: [["tt.divisibility", 16]] for key in names if key not in ("smoothing", "ignore_index")},
+        attrs={
+            positions[key]: [["tt.divisibility", 16]]
+            for key in names
+            if key not in ("smoothing", "ignore_index", "eps")
+        },
     )
     options = {"num_warps": 8, "num_stages": constants.get("NUM_STAGES", 1)}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
