@@ -108,7 +108,7 @@ class Earlier:
     def __init__(self, workload: Workload, settings: Settings, device: DeviceInfo) -> None:
         self._workload = workload
         self._is_partial = settings.only is not None or settings.accept is not None
-        self._identity = identity_of(workload, device) if is_kept_on(device) else None
+        self._identity = _identity(workload, device) if is_kept_on(device) else None
         folder = (settings.tuned_folder or default_folder()) / "runs"
         self._path = folder / f"{self._identity}.json" if self._identity is not None else None
         self._record = self._read() if settings.is_warm else None
@@ -207,23 +207,23 @@ class Earlier:
             return
         before = self._record
         rows = {row.result.name: row for row in (before.tried if before is not None else ())}
-        for result in results:
-            if result.name in tried and result.status in ("kept", "rejected"):
-                rows[result.name] = self._row(run_id, *tried[result.name], result)
-        record = Record(
-            identity=self._identity,
-            run_id=run_id if before is None else before.run_id,
-            exported=self._traced(is_compiled=False),
-            compiled=self._traced(is_compiled=True),
-            findable=tuple(sorted(surveyed.findable)),
-            sites=tuple(site.key() for site in surveyed.sites),
-            standing=tuple(sorted(site.key() for site in surveyed.standing)),
-            launches=tuple(row for row in map(_row_of, surveyed.launches) if row is not None),
-            tried=tuple(rows.values()),
-            winner=(before.winner if before is not None else None) if self._is_partial else winner,
-        )
-        body = record.to_json(indent=None).encode()
-        with contextlib.suppress(AgnitraError, OSError):
+        with contextlib.suppress(AgnitraError, OSError, ValueError):
+            for result in results:
+                if result.name in tried and result.status in ("kept", "rejected"):
+                    rows[result.name] = self._row(run_id, *tried[result.name], result)
+            record = Record(
+                identity=self._identity,
+                run_id=run_id if before is None else before.run_id,
+                exported=self._traced(is_compiled=False),
+                compiled=self._traced(is_compiled=True),
+                findable=tuple(sorted(surveyed.findable)),
+                sites=tuple(site.key() for site in surveyed.sites),
+                standing=tuple(sorted(site.key() for site in surveyed.standing)),
+                launches=tuple(row for row in map(_row_of, surveyed.launches) if row is not None),
+                tried=tuple(rows.values()),
+                winner=(before.winner if before is not None else None) if self._is_partial else winner,
+            )
+            body = record.to_json(indent=None).encode()
             write_atomically(self._path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
             _prune(self._path.parent)
 
@@ -273,6 +273,14 @@ class Earlier:
     def _of(self, candidate: Candidate) -> Tried | None:
         found = self._of_name(candidate.name)
         return found if found is not None and found.candidate == candidate else None
+
+
+def _identity(workload: Workload, device: DeviceInfo) -> str | None:
+    try:
+        return identity_of(workload, device)
+    except Exception:
+        # Some object that hangs on the model raises when it is looked at: nothing is kept of such a model.
+        return None
 
 
 def is_kept_on(device: DeviceInfo) -> bool:

@@ -246,9 +246,8 @@ class Optimization:
         """Hold the finalists against each other, then the winner against eager once more, for longer."""
         started = time.monotonic()
         final = self._choose_winner()
-        self.comparison = (
-            self.winner.comparison if self.winner and self.winner.comparison else contest.best_attempt(self.results)
-        )
+        confirmed = self.winner.comparison if self.winner else None
+        self.comparison = confirmed or contest.best_attempt(self.results)
         self.against_best = self._against_best_mode(final)
         self.results = contest.pass_over(self.results, self.winner, final)
         filing.file_comparisons(self.run, self.results)
@@ -394,6 +393,8 @@ class Optimization:
         """Run everything again up to here: the model is not the one that an earlier run knew."""
         self.earlier.forget()
         self.checkpoints.clear()
+        for patch in self.patches.values():
+            patch.discard()
         for stage in (self.profile, self.suggest, self.refine, self.generate):
             stage()
         return self.patch()

@@ -174,6 +174,20 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_record(workload, 
     assert record.run_id is None
 
 
+class Raising:
+    """Says nothing about itself."""
+
+    @property
+    def __dict__(self):
+        raise RuntimeError("planted")
+
+
+def test_of_a_model_that_cannot_be_described_nothing_is_kept(workload, opened, tmp_path):
+    workload.model.setting = Raising()
+    leave(opened())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_on_a_cpu_nothing_is_kept(workload, tmp_path):
     leave(Earlier(workload, Settings(tuned_folder=tmp_path), H200.model_copy(update={"type": "cpu"})))
     assert list(tmp_path.iterdir()) == []
