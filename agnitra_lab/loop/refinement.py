@@ -103,7 +103,7 @@ class Refinement:
         self._take_advice([site for site in unknown if site not in self._once], deadline_s)
         for site in sites:
             known = self._earlier(site)
-            if known is not None and self._known is not None and self._known.is_outdone(site):
+            if self._is_outdone(site, known):
                 self.refused.add(site)
                 notes.append(f"{site.key()}: the library was faster in an earlier run")
                 continue
@@ -133,11 +133,13 @@ class Refinement:
         site the rule of thumb is measured, and no more.
 
         Returns:
-            The config; None where it failed, and where none can be measured.
+            The config; None where it failed or the library is faster, and where none can be measured.
         """
         self._once.add(site)
         known = self._earlier(site)
-        if known is not None:
+        if self._is_outdone(site, known):
+            self.refused.add(site)
+        elif known is not None:
             self.tuned[site] = known
         elif self._is_measured:
             result, _ = self._searched(site, _LEAST_SEARCH_S, 1)
@@ -148,6 +150,9 @@ class Refinement:
         if self._known is None or not self._settings.is_warm:
             return None
         return self._known.get(site) if site in self._once or self._known.is_searched(site) else None
+
+    def _is_outdone(self, site: Site, known: KernelConfig | None) -> bool:
+        return known is not None and self._known is not None and self._known.is_outdone(site)
 
     def _prepare_first(self, sites: Sequence[Site]) -> None:
         """Have what each site's search begins with compiled beside the searches before it."""

@@ -114,6 +114,7 @@ def test_where_the_library_is_faster_by_more_than_a_launch_the_site_keeps_its_ow
     later, results, notes = refine(tmp_path, Lab(), step)
     assert (later.refused, later.tuned, results) == ({step}, {}, [])
     assert "the library was faster in an earlier run" in notes[0]
+    assert later.find(step) is None
 
 
 def test_a_kernel_may_take_as_much_longer_than_the_library_as_the_launch_that_it_spares(tmp_path):
