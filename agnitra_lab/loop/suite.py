@@ -26,7 +26,7 @@ from agnitra_lab.loop.suite_devices import Seat
 from agnitra_lab.runs import provenance
 from agnitra_lab.runs.store import Run, RunStore
 from agnitra_lab.workloads.suite import SCALES, SUITE, Family, default_scale
-from agnitra_lab.workloads.target import family_of, own_name
+from agnitra_lab.workloads.target import OWN, family_of, own_name
 
 _JOB = "agnitra_lab.loop.suite_workload:measure"
 # What a workload takes at least (or a tenth of a shorter limit); where less is left, none is started.
@@ -268,7 +268,7 @@ class _Crew:
         if outcome.stderr_tail.strip():
             suite_filing.file_log(self.run, _called(name), outcome.stderr_tail)
         return SuiteResult(
-            workload=_called(name), family=family_of(name), scale=self.scale,
+            workload=_called(name), family=family_of(name), scale=self.scale if name in SUITE else OWN,
             is_algebra=name in SUITE and SUITE[name].is_algebra,
             status="failed", error=limit if is_timeout else f"{outcome.status}: {outcome.message}"[:1000],
             device=self.facts, is_cache_warm=self.settings.warm_cache is not None, num_jobs=self.settings.num_jobs,

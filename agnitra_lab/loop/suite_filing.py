@@ -17,6 +17,7 @@ from agnitra_lab.loop.suite_table import RESULTS_FOLDER, TOPIC, Filed
 from agnitra_lab.runs import layout, provenance, summary
 from agnitra_lab.runs.markdown import run_markdown
 from agnitra_lab.runs.store import Run, RunStore
+from agnitra_lab.workloads.target import OWN
 
 CATEGORY: Category = "perf"
 LATEST = "latest"
@@ -46,7 +47,7 @@ def open_run(
     results = [filed.result for filed in suite_table.read_results(directory, [])]
     for result in results:
         name = result.device.name if result.device else "an unknown device"
-        if (result.scale, name) != (scale, device.name):
+        if (result.scale if result.scale != OWN else scale, name) != (scale, device.name):
             raise UsageError(
                 f"Run {directory.name} holds results of scale {result.scale} on {name}; this is {scale} on "
                 f"{device.name}.",

@@ -33,7 +33,7 @@ from agnitra_lab.loop.settings import Settings
 from agnitra_lab.loop.suite_baselines import Contestant
 from agnitra_lab.runs import provenance
 from agnitra_lab.workloads.suite import SUITE, suite_workload
-from agnitra_lab.workloads.target import family_of, own_name, resolve
+from agnitra_lab.workloads.target import OWN, family_of, own_name, resolve
 
 OURS = "agnitra"
 # The candidate takes part twice, so that its noise is measured as its speed-up is: by pairs from one round.
@@ -169,7 +169,7 @@ class _Contest:
         return SuiteResult(
             workload=self.workload.name,
             family=family_of(given.name),
-            scale=given.scale,
+            scale=given.scale if given.name in SUITE else OWN,
             is_algebra=given.name in SUITE and SUITE[given.name].is_algebra,
             item_unit=self.workload.item_unit,
             items_per_call=self.workload.items_per_call,

@@ -70,9 +70,13 @@ def own_name(target: str) -> str | None:
     return f"{Path(location).stem if location.endswith('.py') else location}:{function}"
 
 
+OWN = "own"
+"""Family and scale of what is no workload of the suite: the target says for itself how large it is."""
+
+
 def family_of(name: str) -> str:
-    """Return what kind of model a workload of the suite is; "own" for a target."""
-    return SUITE[name].family if name in SUITE else "own"
+    """Return what kind of model a workload of the suite is, or `OWN`."""
+    return SUITE[name].family if name in SUITE else OWN
 
 
 def _load_file(path: Path) -> Any:

@@ -48,6 +48,7 @@ def test_a_model_of_ones_own_is_held_against_the_same_baselines(tmp_path: Path) 
         )
     )  # fmt: skip
     (filed,) = done.filed
-    assert (filed.result.workload, filed.result.family, filed.result.status) == ("mine:mlp", "own", "done")
+    result = filed.result
+    assert (result.workload, result.family, result.scale, result.status) == ("mine:mlp", "own", "own", "done")
     assert [path.name for path in (done.directory / "workloads").iterdir()] == ["mine-mlp.json"]
     assert not done.left
