@@ -66,7 +66,7 @@ def _block_kernel(
     offs_n = tl.arange(0, BLOCK_N)[None, :]
     mask = (offs_m < num_rows)[:, None] & (offs_n < num_cols)
     x_at = x_ptr + offs_m[:, None] * stride_xm + offs_n
-    h = _sum_at(x_at, residual_ptr + offs_m[:, None] * stride_rm + offs_n, mask, dtype, HAS_RESIDUAL)
+    h = _sum_at(x_at, residual_ptr + offs_m[:, None] * stride_rm + offs_n, mask, dtype, HAS_RESIDUAL, "")
     out_at = offs_m[:, None] * num_cols + offs_n
     if HAS_RESIDUAL:
         tl.store(summed_ptr + out_at, h.to(dtype), mask=mask)
@@ -117,7 +117,7 @@ def _loop_kernel(
     for start in tl.range(0, num_cols, BLOCK_N, num_stages=NUM_STAGES):
         offs_n = start + lanes
         mask_n = offs_n < num_cols
-        h = _sum_at(x_rows + offs_n, residual_rows + offs_n, mask_m & mask_n, dtype, HAS_RESIDUAL)
+        h = _sum_at(x_rows + offs_n, residual_rows + offs_n, mask_m & mask_n, dtype, HAS_RESIDUAL, "")
         mean_lanes, m2_lanes = _update_moments(mean_lanes, m2_lanes, h, mask_n, start // BLOCK_N + 1)
     count = tl.cdiv(tl.maximum(num_cols - lanes, 0), BLOCK_N).to(tl.float32)
     mean, rest, m2 = _merge_moments(mean_lanes, m2_lanes, count, num_cols * 1.0)
@@ -127,7 +127,7 @@ def _loop_kernel(
     for start in tl.range(0, num_cols, BLOCK_N, num_stages=NUM_STAGES):
         offs_n = start + lanes
         mask = mask_m & (offs_n < num_cols)
-        h = _sum_at(x_rows + offs_n, residual_rows + offs_n, mask, dtype, HAS_RESIDUAL)
+        h = _sum_at(x_rows + offs_n, residual_rows + offs_n, mask, dtype, HAS_RESIDUAL, "")
         out_at = offs_m[:, None] * num_cols + offs_n
         if HAS_RESIDUAL:
             tl.store(summed_ptr + out_at, h.to(dtype), mask=mask)

@@ -18,7 +18,7 @@ from agnitra_lab.generate.templates.moments import (
 
 
 @triton.jit
-def _sum_at(x_at, residual_at, mask, dtype: tl.constexpr, HAS_RESIDUAL: tl.constexpr, POLICY: tl.constexpr = ""):
+def _sum_at(x_at, residual_at, mask, dtype: tl.constexpr, HAS_RESIDUAL: tl.constexpr, POLICY: tl.constexpr):
     h = tl.load(x_at, mask=mask, other=0.0, eviction_policy=POLICY).to(tl.float32)
     if HAS_RESIDUAL:
         h += tl.load(residual_at, mask=mask, other=0.0).to(tl.float32)
@@ -320,7 +320,8 @@ def _joined_kernel(
     offs_m = row + tl.arange(0, 1).to(tl.int64)
     offs_n = start + tl.arange(0, BLOCK_N)[None, :]
     mask = offs_n < num_cols
-    h = _sum_at(x_ptr + row * stride_xm + offs_n, residual_ptr + row * stride_rm + offs_n, mask, dtype, HAS_RESIDUAL)
+    x_at, residual_at = x_ptr + row * stride_xm + offs_n, residual_ptr + row * stride_rm + offs_n
+    h = _sum_at(x_at, residual_at, mask, dtype, HAS_RESIDUAL, "")
     if HAS_RESIDUAL:
         tl.store(summed_ptr + row * num_cols + offs_n, h.to(dtype), mask=mask)
     total = tl.minimum(num_cols - start, BLOCK_N) * 1.0

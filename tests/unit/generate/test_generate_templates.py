@@ -68,6 +68,14 @@ def test_a_template_has_its_public_names(name: str) -> None:
     assert own == {"kernel", "launch", "space", "reference", "supports", "default", "example", "cost"}
 
 
+@pytest.mark.parametrize("name", sorted(registry.TEMPLATES))
+def test_no_triton_function_has_a_text_for_a_default_which_triton_3_6_cannot_compile(name: str) -> None:
+    kernel = registry.load(name).kernel
+    for function in kernel if isinstance(kernel, tuple) else (kernel,):
+        parameters = inspect.signature(function.fn).parameters.values()
+        assert not [each.name for each in parameters if isinstance(each.default, str)], function.fn.__name__
+
+
 def test_an_unknown_template_is_refused_by_the_registry() -> None:
     with pytest.raises(TemplateError, match=r"'no_such'; known are .*rms_norm.*swiglu"):
         registry.load("no_such")
