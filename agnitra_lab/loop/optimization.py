@@ -363,7 +363,7 @@ class Optimization:
         # Only while a candidate is built: a drop-in that meets new shapes later asks nobody.
         self.kernels.find = late.find if self.lab is not None else None
         try:
-            patch = candidates.build(self.workload, candidate, kernels, self.surveyed.trace)
+            patch = candidates.build(self.workload, candidate, kernels)
         finally:
             self.kernels.find = None
         try:

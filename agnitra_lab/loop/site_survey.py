@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.generate.kernels import KernelBook
 from agnitra_lab.generate.registry import is_available as why_no_kernels
 from agnitra_lab.patch.survey import survey
-from agnitra_lab.patch.trace import Trace
 from agnitra_lab.profiler import graphs
 
 
@@ -27,14 +26,12 @@ class SiteSurvey:
         sites: what there is with all changes made, most frequent first, then what there is besides without some.
         standing: those that there are with all changes made; empty where no kernel runs.
         launches: how their kernels are called.
-        trace: Dynamo's, for a candidate to take over.
     """
 
     findable: frozenset[str] = frozenset()
     sites: tuple[Site, ...] = ()
     standing: frozenset[Site] = frozenset()
     launches: tuple[Launch, ...] = ()
-    trace: Trace | None = field(default=None, compare=False)
 
     def apart(self, asked: Collection[str]) -> frozenset[Site]:
         """Return the sites that are gone once all changes are made: only candidates with fewer have them.
@@ -73,7 +70,6 @@ def find_sites(workload: Workload, device: torch.device) -> SiteSurvey:
         tuple(dict.fromkeys(ranked)),
         frozenset(together.sites),
         found.launches,
-        found.trace,
     )
 
 

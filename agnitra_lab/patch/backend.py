@@ -98,7 +98,7 @@ class Backend:
             The copy.
         """
         self.num_graphs += 1
-        copied = fx.GraphModule(graph_module, _copy(graph_module.graph))
+        copied = _Snapshot(graph_module).graph_module_of()
         self._rewrite(copied, example_inputs)
         return copied
 

@@ -11,7 +11,6 @@ from agnitra_lab.contracts.kernel import KernelSource
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import UsageError
 from agnitra_lab.patch.install import Patch, capture_eager, compile_mode, install
-from agnitra_lab.patch.trace import Trace
 
 Mode = Literal["eager", "default", "reduce-overhead", "max-autotune"]
 _COMPILE_OPTIONS = ("max_autotune", "freezing")
@@ -138,14 +137,8 @@ def check_name(name: str | None, device_type: str) -> None:
         raise UsageError(f"No candidate {name!r} here.", hint=f"Candidates: {', '.join(names)}.")
 
 
-def build(workload: Workload, candidate: Candidate, kernels: KernelSource | None, trace: Trace | None = None) -> Patch:
+def build(workload: Workload, candidate: Candidate, kernels: KernelSource | None) -> Patch:
     """Compile a candidate by running the workload once.
-
-    Args:
-        workload: what it stands in for.
-        candidate: what to build.
-        kernels: gives the kernel for each site.
-        trace: of the workload, for the first candidate that it fits.
 
     Raises:
         PatchError: when it does not compile or its first call fails.
@@ -154,6 +147,4 @@ def build(workload: Workload, candidate: Candidate, kernels: KernelSource | None
         return capture_eager(workload, candidate.name)
     if candidate.is_raw:
         return compile_mode(workload, candidate.mode)
-    return install(
-        workload, candidate.actions, name=candidate.name, kernels=kernels, base_mode=candidate.mode, trace=trace
-    )
+    return install(workload, candidate.actions, name=candidate.name, kernels=kernels, base_mode=candidate.mode)

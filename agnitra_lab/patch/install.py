@@ -38,7 +38,6 @@ from agnitra_lab.patch.output_strides import OutputStrides, strides_of
 from agnitra_lab.patch.paths import Paths
 from agnitra_lab.patch.rollback import Fingerprint, MutableState, fingerprint, keep_outputs, prove, run_original
 from agnitra_lab.patch.signature import Signature
-from agnitra_lab.patch.trace import Trace
 
 # Candidates of one model share the code of its submodules where the graph breaks; this many of them fit.
 _RECOMPILE_LIMIT = 64
@@ -155,7 +154,6 @@ def install(
     options: Mapping[str, Any] | None = None,
     base_mode: str | None = None,
     is_lowered: bool = True,
-    trace: Trace | None = None,
 ) -> Patch:
     """Compile the workload's model with the given actions and return the installed candidate.
 
@@ -167,7 +165,6 @@ def install(
         options: further Inductor options, as `torch.compile(options=...)` takes them.
         base_mode: a torch.compile mode whose options come first.
         is_lowered: False runs the rewritten graph without Inductor.
-        trace: the model's, to be taken over where this candidate's would be the same.
 
     Raises:
         PatchError: an unknown action or mode, or a model that the rewrites or Inductor cannot take. The model is
@@ -179,16 +176,7 @@ def install(
     merged, taken, refusals = merge_options(workload, actions, options or {}, base_mode)
     backend = Backend(actions, kernels=kernels, options=merged, is_lowered=is_lowered)
     before = _Before(workload)
-    is_shared = trace is not None and not merged.get("freezing") and trace.fits(backend)
-    try:
-        patch = _compile(name, workload, before, {"backend": backend}, merged, trace if is_shared else None)
-    except PatchError:
-        if not is_shared:
-            raise
-        # Whatever went wrong may be the taking over: once more on a trace of its own.
-        return install(
-            workload, actions, name=name, kernels=kernels, options=options, base_mode=base_mode, is_lowered=is_lowered
-        )
+    patch = _compile(name, workload, before, {"backend": backend}, merged)
     patch.graph_sha256 = backend.graphs_sha256 or None
     refusals += _take_fast_path(patch, workload, before, backend, should_capture="cuda_graph" in taken)
     taken = [action for action in taken if action not in {refusal.action for refusal in refusals}]
@@ -247,10 +235,9 @@ def eager(workload: Workload) -> Patch:
 
 
 def _compile(
-    name: str, workload: Workload, before: _Before, how: Mapping[str, Any], options: Mapping[str, Any],
-    trace: Trace | None = None,
-) -> Patch:  # fmt: skip
-    compiled = torch.compile(fresh_entry(workload.model), dynamic=False, **isolation(), **how)
+    name: str, workload: Workload, before: _Before, how: Mapping[str, Any], options: Mapping[str, Any]
+) -> Patch:
+    compiled = torch.compile(fresh_entry(workload.model), dynamic=False, **_isolation(), **how)
     signature = Signature(workload.args, workload.kwargs)
     is_cuda_graph = bool(options.get("triton.cudagraphs")) and uses_cuda(workload)
     started = time.perf_counter()
@@ -261,9 +248,6 @@ def _compile(
             if options.get("freezing"):
                 # Dynamo makes parameters graph constants only while it sees this flag.
                 stack.enter_context(torch._inductor.config.patch(freezing=True))
-            if trace is not None:
-                compiled = trace.take(how["backend"], lambda traced: run_original(workload, traced)) or compiled
-                before.state.restore()
             outputs = run_original(workload, compiled)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -326,8 +310,7 @@ def fresh_entry(target: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(entry.__code__.replace(co_name=name), own_globals, name, None, entry.__closure__)
 
 
-def isolation() -> dict[str, Any]:
-    """Return the option of torch.compile that keeps candidates apart, where there is one."""
+def _isolation() -> dict[str, Any]:
     # New in torch 2.13: frames behind a graph break get a cache of their own too.
     parameters = inspect.signature(torch.compile).parameters
     return {"isolate_recompiles": True} if "isolate_recompiles" in parameters else {}

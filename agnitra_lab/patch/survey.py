@@ -16,9 +16,10 @@ from agnitra_lab.contracts.patch import Refusal
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.graph.compiled import CompiledGraph, read_compiled
 from agnitra_lab.patch.backend import Backend
-from agnitra_lab.patch.install import fresh_entry, isolation
+from agnitra_lab.patch.install import fresh_entry
 from agnitra_lab.patch.rollback import MutableState, run_original
-from agnitra_lab.patch.trace import Trace, has_recurrent_layers
+
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,12 @@ class Survey:
         launches: how the kernels of the second round are called, each way once.
         graph: Dynamo's own graph, as a plain torch.compile would trace it; None where it makes several, or where the
             rewrites ask for another trace.
-        trace: for a candidate to take over; None where there is none.
     """
 
     actions: frozenset[str]
     refusals: tuple[Refusal, ...]
     launches: tuple[Launch, ...] = ()
     graph: CompiledGraph | None = None
-    trace: Trace | None = None
 
 
 def survey(
@@ -56,14 +55,11 @@ def survey(
     Returns:
         What would change, and why the rest would not. Of a model that Dynamo cannot trace nothing would.
     """
-    surveyor = _Surveyor(workload.model, actions, kernels, together)
+    surveyor = _Surveyor(actions, kernels, together, is_module=isinstance(workload.model, nn.Module))
     state = MutableState.of(workload)
     try:
-        entry = fresh_entry(workload.model)
-        compiled = torch.compile(entry, dynamic=False, backend=surveyor, **isolation())
         with torch._dynamo.config.patch(surveyor.first.dynamo_options):
-            run_original(workload, compiled)
-        surveyor.trace.compiled = compiled
+            run_original(workload, torch.compile(fresh_entry(workload.model), dynamic=False, backend=surveyor))
     except Exception as error:
         return Survey(frozenset(), (Refusal(action="survey", reason=f"{type(error).__name__}: {str(error)[:200]}"),))
     finally:
@@ -74,7 +70,6 @@ def survey(
         tuple(first.refusals),
         tuple(surveyor.launches),
         surveyor.graph_of_all(),
-        surveyor.trace,
     )
 
 
@@ -82,21 +77,17 @@ class _Surveyor:
     """A backend that lets rewrites loose on copies of each graph, and runs it as it was."""
 
     def __init__(
-        self, model: Callable[..., Any], actions: Sequence[str], kernels: KernelSource, together: KernelSource | None
+        self, actions: Sequence[str], kernels: KernelSource, together: KernelSource | None, *, is_module: bool
     ) -> None:
         self.first = Backend(actions, kernels=kernels)
         self.launches: dict[Launch, None] = {}
         self._placed = _Placed(together) if together is not None else None
         self._second = Backend(actions, kernels=self._placed)
-        self.trace = Trace(model, self.first.dynamo_options)
-        self._is_module = isinstance(model, nn.Module)
+        self._is_module = is_module
         self._graph: CompiledGraph | None = None
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        run = self.trace(graph_module, example_inputs)
-        if self.trace.is_taken:
-            return run
-        if not self.first.num_graphs and not has_recurrent_layers(graph_module.graph):
+        if not self.first.num_graphs and not _has_recurrent_layers(graph_module.graph):
             # What the rewrites find does not depend on whether a profile can use the graph.
             with contextlib.suppress(Exception):
                 self._graph = read_compiled(graph_module, is_module=self._is_module)
@@ -107,7 +98,7 @@ class _Surveyor:
             changed = self._second.try_on_copy(graph_module, example_inputs)
             self.launches |= dict.fromkeys(self._placed.launches_in(changed.graph))
             self._second.release()
-        return run
+        return graph_module.forward
 
     def graph_of_all(self) -> CompiledGraph | None:
         """The one graph of the model, None where there are several, or torch.compile would make another."""
@@ -144,6 +135,11 @@ class _Placed:
                     launch = Launch(site, tuple(args), tuple(options.items()))
                     hash(launch)
                     yield launch
+
+
+def _has_recurrent_layers(graph: fx.Graph) -> bool:
+    """Whether the graph holds what Dynamo leaves out of it unless it is told not to (`keep_eager.DYNAMO_OPTIONS`)."""
+    return any(getattr(node.target, "__name__", "") in _RECURRENT for node in graph.nodes)
 
 
 def _layout(node: fx.Node) -> Any:
