@@ -62,7 +62,7 @@ class LayoutFlow:
         moved = [source for source in node.all_input_nodes if source in self._before]
         if not moved:
             return
-        if node.op == "output" or not _is_torch(node):
+        if node.op == "output" or not takes_any_strides(node):
             self._restore(node, moved)
             return
         if node.target == "view" and not isinstance(node.args[1], torch.dtype):
@@ -84,7 +84,8 @@ class LayoutFlow:
                 node.replace_input_with(source, restrided(source, old, node, self.context))
 
 
-def _is_torch(node: fx.Node) -> bool:
+def takes_any_strides(node: fx.Node) -> bool:
+    """Whether a node's op is torch's own, and its result does not depend on strides; a kernel of ours wants its own."""
     if node.op == "call_method":
         return node.target not in ("as_strided", "stride", "storage_offset", "data_ptr")
     is_known = node.op == "call_function" and is_torchs_own(node.target)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from agnitra_lab.contracts import Workload
+from agnitra_lab.contracts import Kernel, KernelConfig, Workload
+from agnitra_lab.generate import registry
 from agnitra_lab.patch.convolutions import LayoutTimes
 from agnitra_lab.patch.install import install
 from agnitra_lab.patch.opaque import conv_as_is
@@ -135,6 +136,22 @@ def test_without_a_measured_gain_the_layout_stays(monkeypatch):
     monkeypatch.setattr(LayoutTimes, "of", lambda self, node: (1.0, 1.0))
     patch, _ = check(["channels_last"], lambda m, x: m.conv(x), IMAGE)
     assert "with the channels innermost" in patch.log().refusals[0].reason
+
+
+def test_copies_around_a_kernel_of_ours_count_for_it_takes_one_layout_alone(monkeypatch):
+    pytest.importorskip("triton")
+
+    def kernels(template: str, shape: tuple[int, ...], dtype: str) -> Kernel:
+        return Kernel(KernelConfig(template=template, params={}), "", "0" * 64, registry.load(template).reference)
+
+    monkeypatch.setattr(LayoutTimes, "of", lambda self, node: (2.0, 1.0))
+    # Both convolutions gain 2 ms; the copies of the input and of the result cost 1.2, those around the norm as much.
+    monkeypatch.setattr(LayoutTimes, "conversion_ms", lambda self, fake: 0.6)
+    for actions, num_changed in ((["channels_last"], 2), (["channels_last", "group_norm"], 0)):
+        case = Workload("case", Net(lambda m, x: m.next(m.groups(m.conv(x)))), (IMAGE,))
+        patch = install(case, actions, name="candidate", kernels=kernels, is_lowered=False)
+        assert len(made(patch, "channels_last")) == num_changed, patch.log()
+        assert len(made(patch, "group_norm")) == len(actions) - 1
 
 
 def test_both_layouts_are_measured_on_the_machine_at_hand():

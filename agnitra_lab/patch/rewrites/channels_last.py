@@ -4,8 +4,9 @@ Trigger: conv2d, conv3d and their transposed forms over batches, not yet in that
 Algebra: none; only strides change. Inductor lays out conv2d by a rule of thumb, copies the weights at each call, and
 leaves conv3d as it is.
 Guard: each distinct convolution is measured in both layouts, all of one rank move together, and only when the sum with
-the copies at the borders is more than 3% faster; laid-out weights follow updates of their sources; results that leave
-the graph keep their strides. Convolutions that `depthwise_conv` is to take, in either layout, follow the others.
+the copies at the borders and at kernels of ours is more than 3% faster; laid-out weights follow updates of their
+sources; results that leave the graph keep their strides. Convolutions that `depthwise_conv` is to take, in either
+layout, follow the others.
 Source: PyTorch's channels-last memory format; cuDNN's NHWC kernels.
 """
 
@@ -21,7 +22,8 @@ from torch import Tensor, fx
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, infer
 from agnitra_lab.patch.convolutions import LayoutTimes, find_convolutions, is_channels_last
-from agnitra_lab.patch.layouts import CHANNELS_LAST, LayoutFlow
+from agnitra_lab.patch.layouts import CHANNELS_LAST, LayoutFlow, takes_any_strides
+from agnitra_lab.patch.neighbours import is_pointwise
 from agnitra_lab.patch.ops import argument, fake_of, mutated_roots, op_name
 from agnitra_lab.patch.rewrites import depthwise_conv
 from agnitra_lab.patch.weights import why_not_derivable
@@ -92,7 +94,7 @@ def _choose(
 
 
 def _border_ms(nodes: Sequence[fx.Node], rank: int, times: LayoutTimes) -> float:
-    """Return the time of the copies into the layout and out of it."""
+    """Return the time of the copies into the layout and out of it, at kernels of ours that want their own too."""
     reached: set[fx.Node] = set()
     total = 0.0
     for node in nodes[0].graph.nodes:
@@ -103,8 +105,13 @@ def _border_ms(nodes: Sequence[fx.Node], rank: int, times: LayoutTimes) -> float
         fake = fake_of(x)
         if node in nodes and x not in reached and fake is not None and not is_channels_last(fake):
             total += times.conversion_ms(fake)
-        if node in nodes or any(source in reached for source in node.all_input_nodes):
+        moved = [source for source in node.all_input_nodes if source in reached]
+        if node in nodes or (moved and takes_any_strides(node)):
             reached.add(node)
+        else:
+            # What a pointwise op gives is written as the kernel wants it.
+            copied = [fake_of(source) for source in moved if not is_pointwise(source)]
+            total += sum(times.conversion_ms(fake) for fake in copied if fake is not None and fake.dim() == rank)
     return total
 
 
