@@ -228,9 +228,19 @@ def test_a_fingerprint_forgives_reordered_sums() -> None:
     assert fingerprints_match(fingerprint(output * (1 + 1e-6)), fingerprint(output), [1e-4])
 
 
-def test_a_brief_timing_ends_once_more_pairs_would_change_nothing():
-    slow, fast = (lambda x: time.sleep(0.004)), (lambda x: time.sleep(0.001))
-    found = time_pair(slow, fast, _inputs, device="cpu", budget_s=60.0, is_brief=True)
+def test_a_brief_timing_ends_once_more_pairs_would_change_nothing(monkeypatch):
+    # A clock that only the two sides move: a busy machine would make their times spread until the last pair.
+    now_ns = 0
+
+    def lasting(ms: float):
+        def side(x):
+            nonlocal now_ns
+            now_ns += int(ms * 1e6)
+
+        return side
+
+    monkeypatch.setattr(timing, "_clock_ns", lambda: now_ns)
+    found = time_pair(lasting(4.0), lasting(1.0), _inputs, device="cpu", budget_s=60.0, is_brief=True)
     assert 20 <= len(found.baseline_ms) < 200
 
 
