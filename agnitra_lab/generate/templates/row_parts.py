@@ -149,26 +149,21 @@ def _chunk_kernel(
 
 
 @triton.jit
-def _read_parts(moments, count, num_cols, CACHE: tl.constexpr):
-    # A part without values has nothing in memory.
-    mean = tl.load(moments, mask=count > 0, other=0.0, cache_modifier=CACHE)
-    rest = tl.load(moments + 1, mask=count > 0, other=0.0, cache_modifier=CACHE)
-    m2 = tl.load(moments + 2, mask=count > 0, other=0.0, cache_modifier=CACHE)
-    return _merge_parts(mean, rest, m2, count.to(tl.float32), num_cols * 1.0)
-
-
-@triton.jit
 def _row_moments(
     moments_ptr, row, num_cols, CACHE: tl.constexpr, SPLIT: tl.constexpr, SPLIT_LANES: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     CYCLE: tl.constexpr = SPLIT * BLOCK_N
     parts = tl.arange(0, SPLIT_LANES)
-    rest = num_cols % CYCLE - parts * BLOCK_N
-    count = num_cols // CYCLE * BLOCK_N + tl.minimum(tl.maximum(rest, 0), BLOCK_N)
+    beyond = num_cols % CYCLE - parts * BLOCK_N
+    count = num_cols // CYCLE * BLOCK_N + tl.minimum(tl.maximum(beyond, 0), BLOCK_N)
     count = tl.where(parts < SPLIT, count, 0)
     moments = moments_ptr + (row * SPLIT + parts) * 3
-    return _read_parts(moments, count, num_cols, CACHE)
+    # A part without values has nothing in memory.
+    mean = tl.load(moments, mask=count > 0, other=0.0, cache_modifier=CACHE)
+    rest = tl.load(moments + 1, mask=count > 0, other=0.0, cache_modifier=CACHE)
+    m2 = tl.load(moments + 2, mask=count > 0, other=0.0, cache_modifier=CACHE)
+    return _merge_parts(mean, rest, m2, count.to(tl.float32), num_cols * 1.0)
 
 
 @triton.jit
@@ -331,11 +326,8 @@ def _joined_kernel(
     mean, rest = _two_parts(mean, shift)
     _leave(moments_ptr, ticket, mean, rest, tl.sum(centred * centred, axis=1) - total * shift * shift)
     wait_for_all(count_ptr + 1 + row, SPLIT)
-    parts = tl.arange(0, SPLIT_LANES)
-    count = tl.minimum(tl.maximum(num_cols - parts * BLOCK_N, 0), BLOCK_N)
-    moments = moments_ptr + (row * SPLIT + parts) * 3
     # Past the L1: other multiprocessors wrote these.
-    mean, rest, m2 = _read_parts(moments, count, num_cols, ".cg")
+    mean, rest, m2 = _row_moments(moments_ptr, row, num_cols, ".cg", SPLIT, SPLIT_LANES, BLOCK_N)
     scale = _scale_of(m2, num_cols * 1.0, eps)
     weight, bias = _affine(
         weight_ptr, bias_ptr, offs_m, start, num_cols, num_groups, HAS_WEIGHT, HAS_BIAS, SPATIAL, BLOCK_N
