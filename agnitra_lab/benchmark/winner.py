@@ -40,7 +40,7 @@ def ranking(results: Sequence[CandidateResult]) -> list[CandidateResult]:
     eligible = [result for result in results if result.status == "kept" and result.comparison is not None]
     if all(_has_device(result) for result in eligible):
         return sorted(eligible, key=lambda result: _latency(result).latency_ms_p50)
-    return sorted(eligible, key=_speedup, reverse=True)
+    return sorted(eligible, key=speedup_of, reverse=True)
 
 
 def contenders(results: Sequence[CandidateResult]) -> list[CandidateResult]:
@@ -52,19 +52,31 @@ def contenders(results: Sequence[CandidateResult]) -> list[CandidateResult]:
     device: an eager baseline of 12 ms that wavered between half and four times that hid a lead of 13%.
     """
     found = ranking(results)
-    undecided = sorted(filter(is_undecided, results), key=_speedup, reverse=True)
+    undecided = sorted(filter(is_undecided, results), key=speedup_of, reverse=True)
     if not found:
         return undecided
     return [*(result for result in undecided if _is_ahead(result, found[0])), *found]
 
 
-def is_clear(first: CandidateResult, second: CandidateResult) -> bool:
-    """Say whether one eligible result leads by so much that no other moment in time would turn the order around."""
+def is_clear(first: CandidateResult, second: CandidateResult, by: float = _CLEAR_LEAD) -> bool:
+    """Say whether one result leads by so much that no other moment in time would turn the order around.
+
+    Args:
+        first, second: the one that leads, and the other.
+        by: times that their intervals have to lie apart.
+    """
     if first.comparison is None or second.comparison is None:
         return False
     if _has_device(first) and _has_device(second):
-        return _CLEAR_LEAD * _latency(first).latency_ms_p80 < _latency(second).latency_ms_p20
-    return first.comparison.speedup.low > _CLEAR_LEAD * second.comparison.speedup.high
+        return by * _latency(first).latency_ms_p80 < _latency(second).latency_ms_p20
+    return first.comparison.speedup.low > by * second.comparison.speedup.high
+
+
+def lead(first: CandidateResult, second: CandidateResult) -> float:
+    """Return how many times the first one's time the second takes, told as `ranking` does; both were compared."""
+    if _has_device(first) and _has_device(second):
+        return _latency(second).latency_ms_p50 / _latency(first).latency_ms_p50
+    return speedup_of(first) / speedup_of(second)
 
 
 def after(final: Comparison, ranked: Sequence[CandidateResult]) -> list[CandidateResult]:
@@ -154,7 +166,8 @@ def is_undecided(result: CandidateResult) -> bool:
     return compared is not None and compared.verdict == "no_change" and compared.speedup.median > _WORTH_A_LOOK
 
 
-def _speedup(result: CandidateResult) -> float:
+def speedup_of(result: CandidateResult) -> float:
+    """Return the paired speed-up over the baseline, 0 where none was measured."""
     return result.comparison.speedup.median if result.comparison else 0.0
 
 

@@ -27,6 +27,16 @@ class Site:
         """A deterministic name, such as "rms_norm/4096x2048/bfloat16"."""
         return f"{self.template}/{'x'.join(map(str, self.shape))}/{self.dtype}"
 
+    @classmethod
+    def of_key(cls, key: str) -> Site:
+        """Return the site that a key names.
+
+        Raises:
+            ValueError: for what is no key.
+        """
+        template, extents, dtype = key.split("/")
+        return cls(template, tuple(map(int, extents.split("x"))), dtype)
+
 
 @dataclass(frozen=True)
 class TensorLayout:

@@ -121,12 +121,12 @@ class TunedConfigs:
                     self.num_unreadable += 1
 
     def _read(self, row: dict[str, Any]) -> Iterator[tuple[Site, KernelConfig, bool, bool]]:
-        template, extents, dtype = row["site"].split("/")
-        if row["versions"] != self._versions or template not in registry.TEMPLATES:
+        site = Site.of_key(row["site"])
+        if row["versions"] != self._versions or site.template not in registry.TEMPLATES:
             return
-        site = Site(template, tuple(int(extent) for extent in extents.split("x")), dtype)
-        config = KernelConfig(template=template, params=row["params"])
-        if row["kernel"] == kernel_sha256(template) and config in registry.load(template).space(*_key(site)).configs:
+        config = KernelConfig(template=site.template, params=row["params"])
+        is_current = row["kernel"] == kernel_sha256(site.template)
+        if is_current and config in registry.load(site.template).space(*_key(site)).configs:
             yield site, config, row.get("is_searched", True) is True, row.get("is_outdone", False) is True
 
 

@@ -22,6 +22,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
+from agnitra_lab.benchmark import winner as contest
 from agnitra_lab.contracts.base import Contract, NonNegative
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.graph import GraphHandoff
@@ -134,8 +135,8 @@ class Earlier:
         if record is None:
             return None
         return SiteSurvey(
-            frozenset(record.findable), tuple(map(_site, record.sites)), frozenset(map(_site, record.standing)),
-            tuple(_launch(row) for row in record.launches),
+            frozenset(record.findable), tuple(map(Site.of_key, record.sites)),
+            frozenset(map(Site.of_key, record.standing)), tuple(_launch(row) for row in record.launches),
         )  # fmt: skip
 
     def winner(self) -> Candidate | None:
@@ -154,7 +155,7 @@ class Earlier:
         if lost is None or won is None or lost.result.name == won.result.name:
             return None
         now = next((row for row in results if row.name == won.result.name and row.status == "kept"), None)
-        if now is None or _speedup(now) < _LIKE_BEFORE * _speedup(won.result):
+        if now is None or contest.speedup_of(now) < _LIKE_BEFORE * contest.speedup_of(won.result):
             return None
         ratio = _lost_by(won.result, lost.result)
         if ratio is None:
@@ -248,7 +249,7 @@ class Earlier:
             if hashlib.sha256(body).hexdigest().encode() != digest:
                 raise ValueError("cut short or changed")
             record = Record.from_json(body)
-            [*map(_site, record.sites), *map(_site, record.standing), *map(_launch, record.launches)]
+            [*map(Site.of_key, record.sites), *map(Site.of_key, record.standing), *map(_launch, record.launches)]
             return record if record.identity == self._identity else None
         except (AgnitraError, ValueError, TypeError, KeyError, AttributeError):
             # What cannot be read is kept aside, where the next record does not overwrite it.
@@ -288,26 +289,10 @@ def is_kept_on(device: DeviceInfo) -> bool:
     return device.type == "cuda"
 
 
-def _speedup(result: CandidateResult) -> float:
-    return result.comparison.speedup.median if result.comparison is not None else 0.0
-
-
 def _lost_by(won: CandidateResult, lost: CandidateResult) -> float | None:
     """Return how many times the winner's time another took, None unless that was beyond doubt."""
-    if won.comparison is None or lost.comparison is None or lost.status != "rejected":
-        return None
-    first, second = won.comparison.candidate_latency, lost.comparison.candidate_latency
-    if first.device_ms_p50 is not None and second.device_ms_p50 is not None:
-        # As in `contest.ranking`: on a device its own time tells, and not the ratio to a baseline that waits.
-        is_clear = _CLEARLY_LOST * first.latency_ms_p80 < second.latency_ms_p20
-        return second.latency_ms_p50 / first.latency_ms_p50 if is_clear else None
-    is_clear = won.comparison.speedup.low > _CLEARLY_LOST * lost.comparison.speedup.high
-    return _speedup(won) / _speedup(lost) if is_clear else None
-
-
-def _site(key: str) -> Site:
-    template, extents, dtype = key.split("/")
-    return Site(template, tuple(int(extent) for extent in extents.split("x") if extent), dtype)
+    is_beaten = lost.status == "rejected" and contest.is_clear(won, lost, by=_CLEARLY_LOST)
+    return contest.lead(won, lost) if is_beaten else None
 
 
 def _row_of(launch: Launch) -> JsonValue:
@@ -330,7 +315,7 @@ def _plain(value: Any) -> JsonValue:
 
 def _launch(row: JsonValue) -> Launch:
     key, args, options = cast(list[Any], row)
-    return Launch(_site(key), _value(args), _value(options))
+    return Launch(Site.of_key(key), _value(args), _value(options))
 
 
 def _value(row: Any) -> Any:

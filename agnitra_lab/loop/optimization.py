@@ -189,10 +189,11 @@ class Optimization:
         """Render the best config of each site as a Triton kernel; the sources are filed by content hash."""
         started = time.monotonic()
         self.kernels = templates.KernelBook(self.tuned, refused=self.refused)
+        apart = self._apart()
         sites = (
             [Site(result.space_template, result.shape, result.dtype) for result in self.searches]
             if why_no_kernels()
-            else [site for site in self._sites() if site in self.tuned or site not in self._apart()]
+            else [site for site in self._sites() if site in self.tuned or site not in apart]
         )
         for site in sites:
             self.kernels(site.template, site.shape, site.dtype)

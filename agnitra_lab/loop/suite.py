@@ -26,7 +26,7 @@ from agnitra_lab.loop.suite_devices import Seat
 from agnitra_lab.runs import provenance
 from agnitra_lab.runs.store import Run, RunStore
 from agnitra_lab.workloads.suite import SCALES, SUITE, Family, default_scale
-from agnitra_lab.workloads.target import OWN, family_of, own_name
+from agnitra_lab.workloads.target import called, family_of, own_name, table_facts
 
 _JOB = "agnitra_lab.loop.suite_workload:measure"
 # What a workload takes at least (or a tenth of a shorter limit); where less is left, none is started.
@@ -140,7 +140,7 @@ def run_suite(
     scale = settings.scale or default_scale(device)
     run, done = suite_filing.open_run(store, settings.resume, scale, facts, is_retrying=settings.is_retrying)
     directory = run.directory(suite_filing.CATEGORY)
-    todo = [name for name in names if _called(name) not in done]
+    todo = [name for name in names if called(name) not in done]
     if on_start:
         on_start(facts, directory, todo)
     with tempfile.TemporaryDirectory(prefix="agnitra-suite-", ignore_cleanup_errors=True) as scratch:
@@ -161,11 +161,11 @@ def select(settings: SuiteSettings) -> list[str]:
     if unknown:
         hint = f"Known: {', '.join(SUITE)}. One of your own: FILE.py:FUNCTION."
         raise UsageError(f"Unknown suite workload {unknown[0]!r}.", hint=hint)
-    called: dict[str, str] = {}
+    first: dict[str, str] = {}
     for name in settings.names:
-        if called.setdefault(_called(name), name) != name:
+        if first.setdefault(called(name), name) != name:
             raise UsageError(
-                f"{called[_called(name)]} and {name} would both be called {_called(name)}.",
+                f"{first[called(name)]} and {name} would both be called {called(name)}.",
                 hint="Run them apart, or rename one's file.",
             )
     for what, given, known in (("scale", settings.scale, SCALES), ("family", settings.family, get_args(Family))):
@@ -182,10 +182,6 @@ def select(settings: SuiteSettings) -> list[str]:
     if not chosen:
         raise UsageError("No workload of the suite is chosen.", hint="See them: agnitra suite list")
     return chosen
-
-
-def _called(name: str) -> str:
-    return name if name in SUITE else own_name(name) or name
 
 
 class _Crew:
@@ -266,11 +262,10 @@ class _Crew:
         is_timeout = outcome.status == "timeout" or (outcome.status == "crash" and outcome.exit_signal == "SIGTERM")
         limit = f"timeout: not done after {self.settings.timeout_s:g} s of its own"
         if outcome.stderr_tail.strip():
-            suite_filing.file_log(self.run, _called(name), outcome.stderr_tail)
+            suite_filing.file_log(self.run, called(name), outcome.stderr_tail)
         return SuiteResult(
-            workload=_called(name), family=family_of(name), scale=self.scale if name in SUITE else OWN,
-            is_algebra=name in SUITE and SUITE[name].is_algebra,
-            status="failed", error=limit if is_timeout else f"{outcome.status}: {outcome.message}"[:1000],
+            **table_facts(name, self.scale), status="failed",
+            error=limit if is_timeout else f"{outcome.status}: {outcome.message}"[:1000],
             device=self.facts, is_cache_warm=self.settings.warm_cache is not None, num_jobs=self.settings.num_jobs,
             wall_s=wall_s, command=self.settings.command, generated_at=provenance.utc_now(),
         )  # fmt: skip

@@ -33,7 +33,7 @@ from agnitra_lab.loop.settings import Settings
 from agnitra_lab.loop.suite_baselines import Contestant
 from agnitra_lab.runs import provenance
 from agnitra_lab.workloads.suite import SUITE, suite_workload
-from agnitra_lab.workloads.target import OWN, family_of, own_name, resolve
+from agnitra_lab.workloads.target import called, resolve, table_facts
 
 OURS = "agnitra"
 # The candidate takes part twice, so that its noise is measured as its speed-up is: by pairs from one round.
@@ -167,10 +167,7 @@ class _Contest:
         floor_ms = self.facts.get("floor_ms")
         is_done = best is not None and p50_ms is not None
         return SuiteResult(
-            workload=self.workload.name,
-            family=family_of(given.name),
-            scale=given.scale if given.name in SUITE else OWN,
-            is_algebra=given.name in SUITE and SUITE[given.name].is_algebra,
+            **table_facts(given.name, given.scale),
             item_unit=self.workload.item_unit,
             items_per_call=self.workload.items_per_call,
             status="done" if is_done else "failed",
@@ -226,7 +223,7 @@ class _Contest:
 def _workload(given: SuiteAssignment) -> Workload:
     if given.name in SUITE:
         return suite_workload(given.name, scale=given.scale, device=given.device)
-    workload = replace(resolve(given.name), name=own_name(given.name) or given.name)
+    workload = replace(resolve(given.name), name=called(given.name))
     found = info.device_of(workload.model, workload.args, workload.kwargs).type
     if found != torch.device(given.device).type:
         raise TargetError(

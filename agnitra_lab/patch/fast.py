@@ -52,6 +52,8 @@ class FastPath:
         self._checks = list(checks)
         self._guards = list(guards)
         self._is_pure = is_pure
+        # Its inputs are loaded before the checks.
+        self._loaded = run if isinstance(run, GraphedCall) and not is_pure else None
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, str | None]:
         """Run one call whose signature matches.
@@ -66,28 +68,18 @@ class FastPath:
         return self._checked(given)
 
     def _checked(self, given: Sequence[Any]) -> tuple[Any, str | None]:
-        if not self._is_pure:
-            return self._checked_before(given)
-        outputs = self._run(given)
+        outputs = self._run(given) if self._is_pure else None
+        if self._loaded is not None:
+            self._loaded.load(given)
         reason = self._difference()
         if reason is not None:
             return None, reason
         is_stale = self._refresh()
         if any(guard.is_broken for guard in self._guards):
             return None, "weights changed"
-        return (self._run(given) if is_stale else outputs), None
-
-    def _checked_before(self, given: Sequence[Any]) -> tuple[Any, str | None]:
-        graphed = self._run if isinstance(self._run, GraphedCall) else None
-        if graphed is not None:
-            graphed.load(given)
-        reason = self._difference()
-        if reason is not None:
-            return None, reason
-        self._refresh()
-        if any(guard.is_broken for guard in self._guards):
-            return None, "weights changed"
-        return (self._run(given) if graphed is None else graphed.replay()), None
+        if self._loaded is not None:
+            return self._loaded.replay(), None
+        return (self._run(given) if is_stale or not self._is_pure else outputs), None
 
     def _difference(self) -> str | None:
         for check in self._checks:

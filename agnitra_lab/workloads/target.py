@@ -74,9 +74,28 @@ OWN = "own"
 """Family and scale of what is no workload of the suite: the target says for itself how large it is."""
 
 
+def called(name: str) -> str:
+    """Return what a workload of the suite, or a target, is called in the suite's tables."""
+    return name if name in SUITE else own_name(name) or name
+
+
 def family_of(name: str) -> str:
     """Return what kind of model a workload of the suite is, or `OWN`."""
     return SUITE[name].family if name in SUITE else OWN
+
+
+def table_facts(name: str, scale: str) -> dict[str, Any]:
+    """Return the fields of a `SuiteResult` that are known before anything has run.
+
+    Args:
+        name: a workload of the suite, or a target.
+        scale: of the suite's workloads.
+    """
+    is_own = name not in SUITE
+    return {
+        "workload": called(name), "family": family_of(name), "scale": OWN if is_own else scale,
+        "is_algebra": not is_own and SUITE[name].is_algebra,
+    }  # fmt: skip
 
 
 def _load_file(path: Path) -> Any:
