@@ -170,10 +170,15 @@ def test_group_norm_agrees_with_fp64(shape: tuple[int, ...], num_groups: int, dt
             assert problem(call(x, num_groups, *affine, EPS, is_silu), expected) is None, config.key()
 
 
+# Parts of several blocks, read again after the wait, and of one block, held in registers.
+WAITING = {"_waiting_kernel": {"BLOCK_N": 64, "NUM_STAGES": 1}, "_joined_kernel": {"BLOCK_N": 256}}
+
+
+@pytest.mark.parametrize("name", WAITING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("has_residual", "spatial"), [(True, 0), (False, 80), (False, 3)])
-def test_programs_that_wait_and_read_again_agree_with_fp64(
-    dtype: torch.dtype, has_residual: bool, spatial: int
+def test_programs_that_wait_for_each_other_agree_with_fp64(
+    name: str, dtype: torch.dtype, has_residual: bool, spatial: int
 ) -> None:
     rows, cols, groups, split = 2, 720, 2, 3
     x, residual = (torch.randn(rows, cols + 7) + 1).to(dtype)[:, :cols], torch.randn(rows, cols).to(dtype)
@@ -184,7 +189,7 @@ def test_programs_that_wait_and_read_again_agree_with_fp64(
         weight, bias = weight[: groups * cols // spatial], bias[: groups * cols // spatial]
     out, summed = torch.full((rows, cols), math.nan).to(dtype), torch.full((rows, cols), math.nan).to(dtype)
     moments = torch.full((rows, split, 3), math.nan)
-    (kernel,) = [each for each in registry.load("group_norm").kernel if each.fn.__name__ == "_waiting_kernel"]
+    (kernel,) = [each for each in registry.load("group_norm").kernel if each.fn.__name__ == name]
     for _ in range(2):
         # Programs run one by one here: all have arrived before the first waits, and the second launch has all moments.
         arrived = torch.full((rows + 1,), split, dtype=torch.int32)
@@ -192,7 +197,7 @@ def test_programs_that_wait_and_read_again_agree_with_fp64(
         kernel[(rows * split,)](
             x, residual, weight, bias, out, summed if has_residual else x, moments, arrived, cols, groups, x.stride(0),
             cols, EPS, HAS_RESIDUAL=has_residual, HAS_WEIGHT=True, HAS_BIAS=True, IS_SILU=True, SPATIAL=spatial,
-            SPLIT=split, SPLIT_LANES=1 << (split - 1).bit_length(), BLOCK_N=64, NUM_STAGES=1,
+            SPLIT=split, SPLIT_LANES=1 << (split - 1).bit_length(), **WAITING[name],
         )  # fmt: skip
     h = (x + residual) if has_residual else x
     channels = [tensor.double().repeat_interleave(spatial or 1).view(groups, cols) for tensor in (weight, bias)]
