@@ -138,20 +138,31 @@ def test_without_a_measured_gain_the_layout_stays(monkeypatch):
     assert "with the channels innermost" in patch.log().refusals[0].reason
 
 
+def kernels(template: str, shape: tuple[int, ...], dtype: str) -> Kernel:
+    return Kernel(KernelConfig(template=template, params={}), "", "0" * 64, registry.load(template).reference)
+
+
 def test_copies_around_a_kernel_of_ours_count_for_it_takes_one_layout_alone(monkeypatch):
     pytest.importorskip("triton")
-
-    def kernels(template: str, shape: tuple[int, ...], dtype: str) -> Kernel:
-        return Kernel(KernelConfig(template=template, params={}), "", "0" * 64, registry.load(template).reference)
-
     monkeypatch.setattr(LayoutTimes, "of", lambda self, node: (2.0, 1.0))
-    # Both convolutions gain 2 ms; the copies of the input and of the result cost 1.2, those around the norm as much.
+    # Both convolutions gain 2 ms; the copies of the input and of the result cost 1.2, those around the softmax as much.
     monkeypatch.setattr(LayoutTimes, "conversion_ms", lambda self, fake: 0.6)
-    for actions, num_changed in ((["channels_last"], 2), (["channels_last", "group_norm"], 0)):
-        case = Workload("case", Net(lambda m, x: m.next(m.groups(m.conv(x)))), (IMAGE,))
+    for actions, num_changed in ((["channels_last"], 2), (["channels_last", "softmax"], 0)):
+        case = Workload("case", Net(lambda m, x: m.next(torch.softmax(m.conv(x), -1))), (IMAGE,))
         patch = install(case, actions, name="candidate", kernels=kernels, is_lowered=False)
         assert len(made(patch, "channels_last")) == num_changed, patch.log()
-        assert len(made(patch, "group_norm")) == len(actions) - 1
+        assert len(made(patch, "softmax")) == len(actions) - 1
+
+
+@pytest.mark.parametrize(("last_ms", "num_kernels"), [(1.0, 0), (2.0, 1)])
+def test_a_group_norm_of_contiguous_values_stays_where_convolutions_want_their_channels_innermost(
+    last_ms, num_kernels, monkeypatch
+):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(LayoutTimes, "of", lambda self, node: (2.0, last_ms))
+    case = Workload("case", Net(lambda m, x: m.next(m.groups(m.conv(x)))), (IMAGE,))
+    patch = install(case, ["group_norm"], name="candidate", kernels=kernels, is_lowered=False)
+    assert len(made(patch, "group_norm")) == num_kernels, patch.log()
 
 
 def test_both_layouts_are_measured_on_the_machine_at_hand():

@@ -119,3 +119,12 @@ def test_a_model_with_depthwise_convolutions_is_patched_and_keeps_its_output(dty
     assert ours.shape == eager.shape and ours.stride() == eager.stride()
     assert error(ours, exact) <= 1.25 * error(eager, exact)
     assert math.isfinite(error(ours, exact))
+
+
+def test_a_layout_in_which_cudnn_takes_tf32_alone_is_no_choice_for_fp32() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    conv = torch.nn.Conv3d(3, 16, 3).cuda()
+    x = torch.randn(8, 3, 16, 32, 32, device="cuda")
+    eager = conv(x)
+    patch = install(Workload("conv", conv, (x,)), ["channels_last"], name="agnitra")
+    torch.testing.assert_close(patch.model(x), eager, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, infer
-from agnitra_lab.patch.convolutions import LayoutTimes, find_convolutions, is_channels_last
+from agnitra_lab.patch.convolutions import LEAST_GAIN, LayoutTimes, find_convolutions, is_channels_last
 from agnitra_lab.patch.layouts import CHANNELS_LAST, LayoutFlow, takes_any_strides
 from agnitra_lab.patch.neighbours import is_pointwise
 from agnitra_lab.patch.ops import argument, fake_of, mutated_roots, op_name
@@ -29,7 +29,6 @@ from agnitra_lab.patch.rewrites import depthwise_conv
 from agnitra_lab.patch.weights import why_not_derivable
 
 ACTION = "channels_last"
-_LEAST_GAIN = 1.03
 
 
 def apply(
@@ -80,7 +79,7 @@ def _choose(
         return {}
     before = sum(first for first, _ in measured.values())
     after = sum(last for _, last in measured.values()) + _border_ms(list(measured), rank, times)
-    if before / after <= _LEAST_GAIN:
+    if before / after <= LEAST_GAIN:
         context.refuse(
             ACTION,
             f"the {rank - 2}-d convolutions take {before:.4f} ms as they are and {after:.4f} ms with the channels "

@@ -3,7 +3,8 @@
 Trigger: F.group_norm, nn.GroupNorm, or F.instance_norm with statistics of the input, in x's dtype or in float32 between
 casts; then silu(y) or y * sigmoid(y) when nobody else reads y.
 Algebra: the same formula with centred sums in float32, rounded once; InstanceNorm has one channel a group.
-Guard: x and the result are contiguous, weight and bias have x's dtype or float32, nothing writes them in between.
+Guard: x and the result are contiguous, and no convolution of the graph will have them otherwise; weight and bias have
+x's dtype or float32, nothing writes them in between.
 Where it saves a pass: Inductor reads x once for the statistics and once more to normalise, and fuses both with the
 pointwise ops around. So the norm stays where its input is a pointwise result that only the norm reads, and where only
 pointwise ops other than that SiLU read it.
@@ -24,6 +25,7 @@ from torch import fx
 from agnitra_lab.contracts.kernel import Kernel
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, erase_unused
+from agnitra_lab.patch.convolutions import why_turned
 from agnitra_lab.patch.neighbours import is_pointwise, is_read_by_pointwise_alone
 from agnitra_lab.patch.ops import (
     argument,
@@ -70,8 +72,9 @@ def apply(
     if not norms:
         context.refuse(ACTION, "the graph has no GroupNorm with statistics of its input")
     descriptors = []
+    turned: dict[int, str | None] = {}
     for norm in norms:
-        problem = _why_not(norm)
+        problem = _why_not(norm) or _why_turned(norm, turned)
         if problem:
             context.refuse(ACTION, problem)
             continue
@@ -161,6 +164,16 @@ def _why_not(norm: _GroupNorm) -> str | None:
         return "a group has 2^30 values or more"
     problem = why_not_affine(norm.weight, norm.bias, int(fake.shape[1]), fake.dtype)
     return problem or _why_not_written(norm) or _why_not_worth_it(norm)
+
+
+def _why_turned(norm: _GroupNorm, known: dict[int, str | None]) -> str | None:
+    fake = fake_of(norm.x)
+    assert fake is not None
+    rank = fake.dim()
+    if rank not in known:
+        # Measured where a norm of this rank would be taken, and once.
+        known[rank] = why_turned(norm.x.graph, rank)
+    return known[rank]
 
 
 def _why_not_written(norm: _GroupNorm) -> str | None:
