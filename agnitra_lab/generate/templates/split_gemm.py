@@ -344,9 +344,6 @@ def reference(
     }[activation](out)
 
 
-library = reference
-
-
 def supports(
     a: torch.Tensor,
     b: torch.Tensor | None = None,
