@@ -26,7 +26,7 @@ _MIN_WARM_CALLS, _WARM_SHARE = 2, 0.15
 _MAX_OVERRUN, _MIN_OVERRUN_S = 3.0, 20.0
 _MAX_DEVICE_SPANS, _DEVICE_SHARE = 15, 0.15
 _SPIN_CYCLES_PER_S, _MAX_SPIN_S = 2e9, 0.05
-_PLAIN_PAIRS, _PLAIN_RATIO, _PLAIN_ERROR = 20, 1.5, 0.005
+_BRIEF_PAIRS, _PAIRS, _PLAIN_RATIO, _PLAIN_ERROR = 20, 100, 1.5, 0.005
 _KERNEL_SAMPLES, _KERNEL_BUDGET_S, _MIN_KERNEL_SAMPLES = 20, 0.1, 5
 
 # Bound at import: a candidate that replaces the clock or the wait later changes nothing here.
@@ -87,13 +87,14 @@ def time_pair(
         make_args, device, budget_s, reset: as in `time_group`.
         min_pairs: pairs to take at least, as `min_rounds` there.
         max_pairs: pairs to take at most.
-        is_brief: end where more pairs would change no decision, as `is_plain` says.
+        is_brief: end where more pairs would change no decision, as `is_plain` says, after 20 of them or more; without
+            it after 100, which have a tail to report.
     """
     sides: dict[str, Callable[..., Any]] = {"baseline": baseline, "candidate": candidate}
     timed = time_group(
         sides, make_args, device=device, budget_s=budget_s, min_rounds=min_pairs, max_rounds=max_pairs,
         reset=cast("Callable[[str], None] | None", reset),
-        is_enough=(lambda times: is_plain(times["baseline"], times["candidate"])) if is_brief else None,
+        is_enough=lambda times: is_plain(times["baseline"], times["candidate"], _BRIEF_PAIRS if is_brief else _PAIRS),
     )  # fmt: skip
     return PairTimings(
         timed.wall_ms["baseline"], timed.wall_ms["candidate"],
@@ -102,7 +103,7 @@ def time_pair(
     )  # fmt: skip
 
 
-def is_plain(baseline_ms: Sequence[float], candidate_ms: Sequence[float]) -> bool:
+def is_plain(baseline_ms: Sequence[float], candidate_ms: Sequence[float], num_pairs: int) -> bool:
     """Say whether pairs leave no doubt about which side is faster, and know the candidate's own median well.
 
     Eager decoding waits 30 ms for its host, the candidate takes 1 ms: two seconds would buy 60 pairs of which the first
@@ -110,9 +111,10 @@ def is_plain(baseline_ms: Sequence[float], candidate_ms: Sequence[float]) -> boo
 
     Args:
         baseline_ms, candidate_ms: times in pairs, in any unit.
+        num_pairs: how many there have to be.
     """
     ratios = np.asarray(baseline_ms) / np.asarray(candidate_ms)
-    if ratios.size < _PLAIN_PAIRS or not (
+    if ratios.size < num_pairs or not (
         np.quantile(ratios, 0.1) > _PLAIN_RATIO or np.quantile(ratios, 0.9) < 1 / _PLAIN_RATIO
     ):
         return False
