@@ -15,6 +15,7 @@ from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.contracts.measurement import CandidateResult
 from agnitra_lab.device.exclusive import waited_s
 from agnitra_lab.errors import AgnitraError
+from agnitra_lab.loop.deadline import OutOfTimeError, given_up_at
 from agnitra_lab.loop.earlier import Earlier
 from agnitra_lab.loop.rehearsal import Rehearsed
 from agnitra_lab.patch.candidates import Candidate, Plan
@@ -30,6 +31,9 @@ _MAX_AUTOTUNE_COST = 6.0
 # and leave Inductor less to write. For a 1.1B decoder's step on an H200 torch.compile took 27 s; ours had taken 9 from
 # warm caches, and 17 from cold ones with its check and timing.
 _WITHOUT_KERNELS_COST = 2.0
+# Share of the budget after which a max-autotune that takes longer than was expected is given up: with few cores to
+# compile on, one product of 1.5 ms was tuned for a minute, and a VGG's ten convolutions for four.
+_OVERRUN = 1.25
 _NUM_KEPT = 3
 
 
@@ -40,7 +44,7 @@ class Chooser:
         plan: the contestants.
         build: candidate -> installed patch.
         screen: (name, patch) -> verdict with a short timing against eager.
-        budget_s: no candidate is begun that may not end within it.
+        budget_s: no candidate is begun that may not end within it, and max-autotune is given up a little after it.
         limit_ms: least time that the device allows for this work, None where it is not known.
         rehearse: judges a candidate elsewhere first; only one that would lead is then built here.
         earlier: what a finished run of the same knows: its winner is tried first, and clear losers are not tried again
@@ -123,7 +127,11 @@ class Chooser:
         if self._rehearse is not None and not self._leads(self._rehearse(candidate), candidate, started_s):
             return
         try:
-            patch = self._build(candidate)
+            patch = self._built(candidate)
+        except OutOfTimeError:
+            reason = f"given up after {clock_s() - started_s:.0f} s: the budget of {self._budget_s:.0f} s is spent"
+            self.results.append(CandidateResult(name=candidate.name, status="skipped", reason=reason))
+            return
         except AgnitraError as error:
             reason = str(error)[:500]
             self.results.append(CandidateResult(name=candidate.name, status="failed", reason=reason))
@@ -137,6 +145,12 @@ class Chooser:
         self.results.append(self._screen(candidate.name, patch))
         self.patches[candidate.name] = patch
         self._drop_losers()
+
+    def _built(self, candidate: Candidate) -> Patch:
+        if candidate.mode != "max-autotune":
+            return self._build(candidate)
+        with given_up_at(self._began_s + _OVERRUN * self._budget_s, clock_s):
+            return self._build(candidate)
 
     def _leads(self, rehearsed: Rehearsed, candidate: Candidate, started_s: float) -> bool:
         """File what a rehearsal found, unless it shows a new leader: that one is built, and judged, here."""

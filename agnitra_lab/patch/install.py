@@ -253,6 +253,11 @@ def _compile(
                 torch.cuda.synchronize()
     except Exception as error:
         raise _undo(name, before, how, error) from error
+    except BaseException:
+        # Interrupted, or out of time.
+        before.state.restore()
+        before.restore_marks()
+        raise
     compile_s = time.perf_counter() - started
     if _failure(how) is not None:
         raise _undo(name, before, how, None)

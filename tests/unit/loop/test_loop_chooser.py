@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -215,6 +216,22 @@ def test_plain_torch_compile_is_expected_to_take_longer_after_a_graph_with_kerne
     chooser = Chooser(Plan(ACTIONS, "cuda"), build, lambda name, patch: result_of(name, 4.0), budget_s=34.0)
     chooser.run()
     assert ("torch.compile" in tried(chooser)) == is_tried
+
+
+def test_a_max_autotune_that_overruns_the_budget_is_given_up_and_the_best_so_far_stands():
+    def build(candidate):
+        if candidate.mode == "max-autotune":
+            until_s = time.monotonic() + 20.0
+            while time.monotonic() < until_s:
+                pass
+        return Built(candidate.name)
+
+    chooser = Chooser(Plan(ACTIONS, "cuda"), build, lambda name, patch: result_of(name, 4.0), budget_s=0.4)
+    chooser.run()
+    rows = {result.name: result for result in chooser.results}
+    assert rows["agnitra:max-autotune"].status == "skipped"
+    assert "given up" in rows["agnitra:max-autotune"].reason
+    assert chooser.best == "agnitra"
 
 
 def test_each_candidate_that_was_tried_is_kept_with_what_it_took():

@@ -1,0 +1,83 @@
+"""Work that asks for no time is given up at a deadline, and what ends before it is left alone."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from agnitra_lab.contracts import Workload
+from agnitra_lab.loop.deadline import OutOfTimeError, given_up_at
+from agnitra_lab.patch.backend import Backend
+from agnitra_lab.patch.install import install
+
+
+def spin(seconds: float) -> None:
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        pass
+
+
+def test_work_that_passes_its_deadline_is_given_up():
+    with pytest.raises(OutOfTimeError), given_up_at(time.monotonic() + 0.1, time.monotonic):
+        spin(20.0)
+
+
+def test_nothing_arrives_after_work_that_ended_in_time():
+    for _ in range(3):
+        with given_up_at(time.monotonic() + 0.3, time.monotonic):
+            spin(0.3)
+    spin(0.6)
+
+
+def test_a_handler_of_failures_does_not_keep_the_work_going():
+    def work() -> None:
+        while True:
+            try:
+                spin(0.01)
+            except Exception:
+                continue
+
+    with pytest.raises(OutOfTimeError), given_up_at(time.monotonic() + 0.1, time.monotonic):
+        work()
+
+
+def test_a_clock_that_stands_still_gives_nothing_up():
+    with given_up_at(1.0, lambda: 0.0):
+        spin(0.6)
+
+
+class Counting(nn.Module):
+    """A model whose calls are counted in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls: torch.Tensor
+        self.register_buffer("num_calls", torch.zeros(()))
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        return self.linear(x).relu()
+
+
+def test_a_model_whose_compilation_was_given_up_is_as_it_was_and_compiles_again(monkeypatch):
+    model, x = Counting(), torch.ones(2, 4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compiled = Backend.__call__
+
+    def endless(self, graph_module, example_inputs):
+        spin(20.0)
+        return compiled(self, graph_module, example_inputs)
+
+    monkeypatch.setattr(Backend, "__call__", endless)
+    with pytest.raises(OutOfTimeError), given_up_at(time.monotonic() + 0.5, time.monotonic):
+        install(Workload("case", model, (x,)), [], name="candidate", is_lowered=False)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    monkeypatch.setattr(Backend, "__call__", compiled)
+    patch = install(Workload("case", model, (x,)), [], name="candidate", is_lowered=False)
+    with torch.no_grad():
+        torch.testing.assert_close(patch.model(x), model(x))
