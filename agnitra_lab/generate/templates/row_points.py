@@ -93,7 +93,9 @@ def _is_worth_splitting(point: dict[str, int], num_rows: int, num_cols: int) -> 
 def row_default(num_rows: int, num_cols: int) -> dict[str, int]:
     """A whole row in one block where it fits; else in a loop where the rows fill the machine.
 
-    Few rows are split: into blocks that wait for each other where 128 of them hold a row, else into loops, about 4000.
+    Few rows are split: into blocks that wait for each other where the device holds all of them at once, else into
+    loops, about 4000. On an H200 256 x 294912 fp32 took 294 us in 9216 blocks that wait and 208 in 4096 loops;
+    128 x 262144 bf16 111 and 60.
     """
     if num_cols <= MAX_TILE:
         rule = row_rule((num_rows, num_cols), block_n=next_power_of_two(num_cols), values_per_thread=16)
@@ -103,7 +105,8 @@ def row_default(num_rows: int, num_cols: int) -> dict[str, int]:
         return {"BLOCK_N": 8192, "ROWS_PER_PROGRAM": 1, "SPLIT": 1, "num_warps": 16, "num_stages": 1}
     for block, most_idle in ((8192, 0.15), (4096, 0.15), (MAX_TILE, 1.0)):
         split = -(-num_cols // block)
-        if split <= MAX_WAITING and split * block <= (1 + most_idle) * num_cols:
+        is_resident = split <= MAX_WAITING and num_rows * split <= ENOUGH_ROWS
+        if is_resident and split * block <= (1 + most_idle) * num_cols:
             warps = min(16, block // 512)
             return {"BLOCK_N": block, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": warps, "num_stages": 1}
     split = min(next_power_of_two(4096 // num_rows), next_power_of_two(num_cols // 16384))
