@@ -123,6 +123,27 @@ def test_outputs_of_a_cuda_graph_outlive_the_next_call(tower):
                 check_close(output, tower(x * scale))
 
 
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_large_results_of_a_cuda_graph_are_lent_and_keep_their_values_while_they_are_held(tower, is_compiled):
+    inputs = [x_of(64, 512, WIDTH) * scale for scale in (1, 2, 3, 4)]
+    call = torch.compile(tower, dynamic=False) if is_compiled else tower
+    with torch.no_grad():
+        graphed = GraphedCall(lambda leaves: call(*leaves), [inputs[0]], Liveness(tower))
+        expected = [call(x) for x in inputs]
+        kept = [graphed([x]) for x in inputs]
+        part = graphed([inputs[1]])[3:5]
+        for found, right in zip([*kept, part], [*expected, expected[1][3:5]], strict=True):
+            torch.testing.assert_close(found, right, rtol=0, atol=0)
+        del kept, found
+        places = set()
+        for x, right in zip(inputs, expected, strict=True):
+            result = graphed([x])
+            torch.testing.assert_close(result, right, rtol=0, atol=0)
+            places.add(result.data_ptr())
+        torch.testing.assert_close(part, expected[1][3:5], rtol=0, atol=0)
+    assert len(graphed._instances) == 2 and len(places) <= 2
+
+
 def test_a_call_that_is_one_large_product_is_captured_without_a_warning(recwarn):
     model = nn.Linear(WIDTH, 40_000, bias=False).to("cuda", torch.bfloat16).eval()
     x = x_of(512, WIDTH)
