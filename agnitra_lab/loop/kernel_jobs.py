@@ -6,7 +6,6 @@ A config that hangs, crashes or reads past its tensors does so there, and the lo
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,7 +16,6 @@ from agnitra_lab.benchmark.timing import sample_kernel
 from agnitra_lab.benchmark.tree import tensors
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.search import KernelConfig, Measurement
-from agnitra_lab.device.exclusive import shared_file, take_turns
 from agnitra_lab.errors import SearchError
 from agnitra_lab.generate import registry
 from agnitra_lab.generate.defaults import default_config
@@ -54,23 +52,18 @@ def _started_triton(device: str) -> Target:
     return found.backend, found.arch, found.warp_size
 
 
-def measure(
-    site: Site, config: KernelConfig, device: str, turns_file: Path | None = None, bound: Bound = NO_BOUND
-) -> Measurement:
+def measure(site: Site, config: KernelConfig, device: str, bound: Bound = NO_BOUND) -> Measurement:
     """Time a config at its site, once it has given the right answer; one slower than the bound beyond doubt, briefly.
 
     Args:
         site: template, shape and dtype.
         config: what to try.
         device: where.
-        turns_file: where processes that share the device take turns; None where none do.
         bound: what is known of the best config.
 
     Raises:
         SearchError: when its output differs from the template's reference, or a sample is no time.
     """
-    if turns_file != shared_file():
-        take_turns(turns_file)
     arguments, options, expected = _example(site, device)
     kernel = render(config)
     with torch.no_grad():
@@ -89,10 +82,8 @@ def measure(
     return Measurement(latency_ms=median(samples_ms), samples_ms=samples_ms, is_aborted=is_cut, detail=detail)
 
 
-def measure_library(site: Site, device: str, turns_file: Path | None = None) -> Measurement:
+def measure_library(site: Site, device: str) -> Measurement:
     """Time the library call that the site's kernel stands in for, as `measure` times a config."""
-    if turns_file != shared_file():
-        take_turns(turns_file)
     arguments, options, _ = _example(site, device)
     library = vars(registry.load(site.template))["library"]
     with torch.no_grad():

@@ -19,7 +19,7 @@ import torch
 from agnitra_lab.benchmark.worker import Outcome, Worker
 from agnitra_lab.contracts.kernel import Launch, Site
 from agnitra_lab.contracts.search import KernelConfig, Measurement
-from agnitra_lab.device.exclusive import shared_file
+from agnitra_lab.device.exclusive import exclusive
 from agnitra_lab.errors import SearchError
 from agnitra_lab.loop.compilers import Compilers
 from agnitra_lab.refine.bound import NO_BOUND, Bound
@@ -107,12 +107,11 @@ class KernelLab:
             # What nobody has begun to compile is compiled where it is measured; what somebody has, not twice at once.
             if asked is not None and not asked.cancel():
                 wait([asked], timeout=_DEADLINE_S)
-            outcome = self._worker.run(
-                f"{_JOBS}:measure",
-                (site, config, self._device, shared_file(), bound),
-                name=config.key(),
-                deadline_s=_DEADLINE_S,
-            )
+            # Where processes take turns at the device, this one waits: the deadline is for the work.
+            with exclusive():
+                outcome = self._worker.run(
+                    f"{_JOBS}:measure", (site, config, self._device, bound), name=config.key(), deadline_s=_DEADLINE_S
+                )
             if outcome.status == "ok":
                 return as_measurement(outcome.value)
             if outcome.status != "error":
@@ -123,10 +122,11 @@ class KernelLab:
 
     def library_ms(self, site: Site) -> float | None:
         """Return what the library takes for what the site's kernel computes; None where it could not be measured."""
-        outcome = self._worker.run(
-            f"{_JOBS}:measure_library", (site, self._device, shared_file()),
-            name=f"{site.key()} by the library", deadline_s=_DEADLINE_S,
-        )  # fmt: skip
+        with exclusive():
+            outcome = self._worker.run(
+                f"{_JOBS}:measure_library", (site, self._device), name=f"{site.key()} by the library",
+                deadline_s=_DEADLINE_S,
+            )  # fmt: skip
         return as_measurement(outcome.value).latency_ms if outcome.status == "ok" else None
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ def compile_config(site, params, target, called=None):
     return Compiled((), f"for {target[1]}")
 
 
-def measure(site, config, device, turns_file=None, bound=NO_BOUND):
+def measure(site, config, device, bound=NO_BOUND):
     if config.params["BLOCK_N"] == 1:
         time.sleep(60)
     if config.params["BLOCK_N"] == 2:

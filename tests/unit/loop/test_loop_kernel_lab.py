@@ -1,5 +1,6 @@
 """Kernel configs in a process of their own: what hangs or dies there is named, and the next is measured at once."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from agnitra_lab.benchmark.worker import Worker
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.search import KernelConfig, SearchSpace
+from agnitra_lab.device.exclusive import take_turns, waited_s
 from agnitra_lab.errors import SearchError
 from agnitra_lab.generate import registry
 from agnitra_lab.loop import compilers, kernel_jobs, kernel_lab
@@ -52,6 +54,22 @@ def test_the_next_config_is_measured_within_ten_seconds_of_one_that_hangs_or_die
     assert measure(config(8)).latency_ms == 0.25
     assert time.monotonic() - started_s < 10
     assert [outcome.name for outcome in lab.casualties] == [config(block_n).key()]
+
+
+def test_waiting_for_a_turn_at_the_device_does_not_count_as_a_hanging_kernel(lab, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    measure = lab.measure(SITE)
+    measure(config(8))
+    others = (tmp_path / "device.lock").open("w")
+    take_turns(tmp_path / "device.lock")
+    try:
+        fcntl.flock(others, fcntl.LOCK_EX)
+        threading.Timer(1.5 * kernel_lab._DEADLINE_S, lambda: fcntl.flock(others, fcntl.LOCK_UN)).start()
+        assert measure(config(8)).latency_ms == 0.25
+        assert waited_s() > kernel_lab._DEADLINE_S
+    finally:
+        take_turns(None)
+        others.close()
 
 
 def test_a_wrong_result_is_a_failed_trial_and_costs_no_process(lab):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from patch_models import Block, build, workload
 from torch import nn
 
+from agnitra_lab.patch import fast
 from agnitra_lab.patch.direct import flat_inputs, untracked_memory
+from agnitra_lab.patch.fast import walls_ms
 from agnitra_lab.patch.install import install
 from agnitra_lab.patch.liveness import Liveness
 
@@ -165,3 +169,25 @@ def test_a_rolled_back_model_has_no_fast_path():
     patch = install(workload(model, X), ["qkv_concat"], name="candidate", is_lowered=False)
     assert patch.rollback().is_restored
     assert path_of(patch.model) is None
+
+
+def test_a_busy_host_does_not_turn_the_faster_path_into_the_slower_one():
+    num_calls = 0
+
+    def waits_for_its_host(args, kwargs):
+        nonlocal num_calls
+        num_calls += 1
+        time.sleep(0.001 if num_calls % 3 == 0 else 0.02)
+
+    def steady(args, kwargs):
+        time.sleep(0.005)
+
+    first_ms, second_ms = walls_ms([waits_for_its_host, steady], (), {})
+    assert first_ms < second_ms
+
+
+def test_long_calls_are_timed_a_few_times_only(monkeypatch):
+    monkeypatch.setattr(fast, "_TIMED_S", 0.0)
+    calls = []
+    walls_ms([lambda args, kwargs: calls.append("first"), lambda args, kwargs: calls.append("second")], (), {})
+    assert calls == ["first", "second"] * 3
