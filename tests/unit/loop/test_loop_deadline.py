@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -47,6 +49,40 @@ def test_a_handler_of_failures_does_not_keep_the_work_going():
 def test_a_clock_that_stands_still_gives_nothing_up():
     with given_up_at(1.0, lambda: 0.0):
         spin(0.6)
+
+
+def test_the_interpreter_is_as_it_was_after_work_that_ended_in_time():
+    code = """
+import sys, time
+from agnitra_lab.loop.deadline import given_up_at
+with given_up_at(time.monotonic() + 60, time.monotonic):
+    pass
+sys.setprofile(lambda *_: None)
+(lambda: None)()
+"""
+    # In a process of its own: one that spins in the interpreter heeds no signal.
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_exception_that_comes_too_late_is_taken_in():
+    now_s = 0.0
+
+    def clock_s() -> float:
+        nonlocal now_s
+        if now_s:
+            return now_s
+        now_s = 1.0
+        return 0.0
+
+    for _ in range(20):
+        now_s = 0.0
+        try:
+            with given_up_at(0.5, clock_s):
+                # About as long as the watcher needs to look twice.
+                time.sleep(0.5)
+        except OutOfTimeError:
+            continue
+    spin(0.1)
 
 
 class Counting(nn.Module):
