@@ -88,6 +88,13 @@ ACTIONS: dict[str, Action] = {
             summary="let products add themselves to their residual, in place, where that measures faster",
         ),
         Action(
+            name="activation_gemm",
+            kind="rewrite",
+            needs_cuda=True,
+            is_measured=True,
+            summary="let the matrix library apply ReLU and the tanh GELU after a product, where that measures faster",
+        ),
+        Action(
             name="keep_eager",
             kind="rewrite",
             summary="keep recurrent layers, and convolutions that compile badly, on their own library kernel in the "

@@ -60,6 +60,7 @@ REQUIRED_PATTERN: dict[str, str] = {
     "pointwise_conv": "conv",
     "padded_linear": "linear",
     "residual_gemm": "linear",
+    "activation_gemm": "linear",
 }
 """The pattern that an action rewrites, for where nobody has tried the rewrites on the graph itself."""
 

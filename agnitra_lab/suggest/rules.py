@@ -330,6 +330,14 @@ RULES: tuple[Rule, ...] = (
         "with the sum 46.3; RMSNorm with a residual 18.1 us, without 6.7.",
     ),
     _share_rule(
+        "activated_products",
+        "activation_gemm",
+        evidence.LINEAR_OPS,
+        0.03,
+        "The matrix library can apply ReLU and the tanh GELU to its fp32 sums, which spares a read and a write of an "
+        "MLP's widest values; each product is measured where it stands, so the share is an estimate.",
+    ),
+    _share_rule(
         "channel_by_channel",
         "depthwise_conv",
         evidence.CONV_OPS,

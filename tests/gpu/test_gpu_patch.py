@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from agnitra_lab.patch.candidates import Candidate
 from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.install import compile_mode, install
 from agnitra_lab.patch.liveness import Liveness
-from agnitra_lab.patch.rewrites import residual_gemm
+from agnitra_lab.patch.rewrites import activation_gemm, residual_gemm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 WIDTH, INNER, HEADS = 256, 512, 4
@@ -164,6 +166,24 @@ def test_products_add_themselves_to_a_residual_stream_under_a_cuda_graph(tower, 
         for scale in (1, 2):
             check_close(patch.model(x * scale), model(x * scale))
     assert patch.model.num_guard_misses == 0
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+def test_the_library_activates_as_torch_does_and_is_as_near_to_fp64(activation, has_bias, monkeypatch):
+    assert activation_gemm.measure(x_of(64, WIDTH), x_of(INNER, WIDTH), None, True, activation) is not None
+    monkeypatch.setattr(activation_gemm, "measure", lambda *_: (2.0, 1.0))
+    torch.manual_seed(0)
+    act = nn.ReLU() if activation == "relu" else nn.GELU(approximate="tanh")
+    up, down = nn.Linear(WIDTH, INNER, bias=has_bias), nn.Linear(INNER, WIDTH)
+    model = nn.Sequential(up, act, down).to("cuda", torch.bfloat16).eval()
+    x = x_of(300, WIDTH)
+    patch = install(Workload("mlp", model, (x,)), ["activation_gemm"], name="candidate")
+    assert [change.action for change in patch.log().descriptors] == ["activation_gemm"]
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double())
+        ours, theirs = ((out.double() - expected).norm() for out in (patch.model(x), model(x)))
+    assert ours <= 1.25 * theirs
 
 
 class Logits(nn.Module):

@@ -20,6 +20,7 @@ _ORDER = (
     "skinny_gemm",
     # Norms then read the stream that products have been added to, and add nothing.
     "residual_gemm",
+    "activation_gemm",
     "rms_norm",
     "layer_norm",
     "channel_norm",
