@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from agnitra_lab.patch.ops import argument, fake_of, op_name
@@ -71,6 +72,16 @@ def match_product(node: Any) -> MatMul | None:
     a, b, bias, is_transposed = operands
     b, turns = _without_transpose(b)
     return _product(node, a, b, bias, is_transposed == (len(turns) % 2 == 0), turns)
+
+
+def match_half_product(node: Any, least_rows: int) -> MatMul | None:
+    """Return the one product of half-precision values that a node computes; None for a batch, or one of fewer rows."""
+    product = match_product(node)
+    if product is None or product.num_batches != 1 or product.num_m < least_rows:
+        return None
+    fakes = [fake_of(each) for each in (product.node, product.a, product.b)]
+    is_half = all(fake is not None and fake.dtype in (torch.bfloat16, torch.float16) for fake in fakes)
+    return product if is_half else None
 
 
 def _product(

@@ -23,7 +23,7 @@ from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.device.call_time import time_ms
 from agnitra_lab.patch.context import RewriteContext, erase_unused
 from agnitra_lab.patch.convolutions import random_like, real_tensors
-from agnitra_lab.patch.matmuls import MatMul, match_product
+from agnitra_lab.patch.matmuls import MatMul, match_half_product
 from agnitra_lab.patch.measured import Measured, Times, layouts_of
 from agnitra_lab.patch.neighbours import is_read_by_pointwise_alone
 from agnitra_lab.patch.ops import fake_of, mutated_roots
@@ -88,7 +88,7 @@ def apply(
     written = mutated_roots(graph_module.graph)
     num_found = 0
     for node in list(graph_module.graph.nodes):
-        product = _match(node)
+        product = match_half_product(node, _LEAST_ROWS)
         value, views = _over_views(node) if product is not None else (node, [])
         chain = find_chain(value, _ACTIVATIONS) if product is not None else None
         if product is None or chain is None:
@@ -104,15 +104,6 @@ def apply(
     return descriptors
 
 
-def _match(node: fx.Node) -> MatMul | None:
-    product = match_product(node)
-    if product is None or product.num_batches != 1 or product.num_m < _LEAST_ROWS:
-        return None
-    fakes = [fake_of(each) for each in (product.node, product.a, product.b)]
-    is_half = all(fake is not None and fake.dtype in (torch.bfloat16, torch.float16) for fake in fakes)
-    return product if is_half and len({fake.dtype for fake in fakes if fake is not None}) == 1 else None
-
-
 def _over_views(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """Follow a product over views that keep its rows, as long as each is all that is read of it."""
     passed: list[fx.Node] = []
@@ -125,8 +116,8 @@ def _over_views(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
 def _why_not(product: MatMul, chain: Chain, written: set[fx.Node], context: RewriteContext) -> str | None:
     x, weight, bias = (fake_of(each) for each in (product.a, product.b, product.bias))
     assert x is not None and weight is not None
-    if weight.dim() != 2 or not is_static(product.b, context, written):
-        return "the right operand of the product is no weight"
+    if weight.dim() != 2 or weight.dtype is not x.dtype or not is_static(product.b, context, written):
+        return "the right operand of the product is no weight of x's dtype"
     if product.num_n % _MULTIPLE or product.num_k % _MULTIPLE:
         return "the weight has an odd width"
     if not (is_plain(product.node) and is_plain(chain.result)):

@@ -26,7 +26,7 @@ from agnitra_lab.patch.context import RewriteContext, erase_unused
 from agnitra_lab.patch.convolutions import random_like, real_tensors
 from agnitra_lab.patch.emit import emit
 from agnitra_lab.patch.layouts import LayoutFlow
-from agnitra_lab.patch.matmuls import MatMul, match_product
+from agnitra_lab.patch.matmuls import MatMul, match_half_product
 from agnitra_lab.patch.measured import Measured, Times, layouts_of
 from agnitra_lab.patch.ops import fake_of, memory_root, mutated_roots
 from agnitra_lab.patch.weights import why_not_derivable
@@ -70,11 +70,8 @@ def apply(
 
 
 def _match(node: fx.Node) -> MatMul | None:
-    product = match_product(node)
-    if product is None or product.num_batches != 1 or product.num_m < _LEAST_ROWS:
-        return None
-    fakes = [fake_of(each) for each in (product.node, product.a, product.b)]
-    if any(fake is None or fake.dtype not in (torch.bfloat16, torch.float16) for fake in fakes):
+    product = match_half_product(node, _LEAST_ROWS)
+    if product is None:
         return None
     is_odd = product.num_n % _MULTIPLE or product.num_k % _MULTIPLE
     weight = fake_of(product.b)
