@@ -1,12 +1,14 @@
 """Work that is given up after a while though it never asks for the time, as torch.compile tunes kernel after kernel.
 
-The exception is raised in the working thread between two of its Python instructions, as Ctrl-C is in the main one.
+The exception is raised in the working thread between two of its Python instructions, as Ctrl-C is in the main one; but
+not while a module is being imported, which would be half there from then on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,17 +29,19 @@ def given_up_at(deadline_s: float, clock_s: Callable[[], float]) -> Iterator[Non
         deadline_s: the clock's time.
         clock_s: asked from another thread, a few times a second.
     """
-    thread = ctypes.c_ulong(threading.get_ident())
+    thread = threading.get_ident()
     has_ended, is_on_its_way = threading.Event(), threading.Event()
     turn = threading.Lock()
 
     def watch() -> None:
         while not has_ended.wait(_WATCH_S):
-            if clock_s() >= deadline_s:
+            if clock_s() >= deadline_s and not _is_importing(thread):
                 with turn:
                     if not has_ended.is_set():
                         is_on_its_way.set()
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(OutOfTimeError))
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                            ctypes.c_ulong(thread), ctypes.py_object(OutOfTimeError)
+                        )
                 return
 
     watcher = threading.Thread(target=watch, name="deadline", daemon=True)
@@ -54,6 +58,15 @@ def given_up_at(deadline_s: float, clock_s: Callable[[], float]) -> Iterator[Non
         if is_on_its_way.is_set() and not has_arrived:
             _let_arrive()
         watcher.join()
+
+
+def _is_importing(thread: int) -> bool:
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _let_arrive() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import time
@@ -44,6 +45,17 @@ def test_a_handler_of_failures_does_not_keep_the_work_going():
 
     with pytest.raises(OutOfTimeError), given_up_at(time.monotonic() + 0.1, time.monotonic):
         work()
+
+
+def test_a_module_that_is_being_imported_is_imported_whole(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text(
+        "import time\nuntil_s = time.monotonic() + 1.0\nwhile time.monotonic() < until_s:\n    pass\nis_whole = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(OutOfTimeError), given_up_at(time.monotonic() + 0.1, time.monotonic):
+        importlib.import_module("slow_to_import")
+        spin(20.0)
+    assert sys.modules.pop("slow_to_import").is_whole
 
 
 def test_a_clock_that_stands_still_gives_nothing_up():
