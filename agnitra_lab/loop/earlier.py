@@ -210,7 +210,9 @@ class Earlier:
         rows = {row.result.name: row for row in (before.tried if before is not None else ())}
         with contextlib.suppress(AgnitraError, OSError, ValueError):
             for result in results:
-                if result.name in tried and result.status in ("kept", "rejected"):
+                # Of one that was given up what it took is known, and no more.
+                is_given_up = result.status == "skipped" and result.name not in rows
+                if result.name in tried and (result.status in ("kept", "rejected") or is_given_up):
                     rows[result.name] = self._row(run_id, *tried[result.name], result)
             record = Record(
                 identity=self._identity,

@@ -132,6 +132,17 @@ def test_costs_are_those_without_warm_caches(opened):
     assert opened().cost_s(LESS) == 6.0
 
 
+def test_of_a_candidate_that_was_given_up_its_cost_is_known_unless_all_of_it_was(opened):
+    given_up = CandidateResult(name="torch.compile", status="skipped", reason="given up after 40 s")
+    opened().keep("first", FOUND, {"torch.compile": (PLAIN, 40.0)}, [given_up], None)
+    assert opened().cost_s(PLAIN) == 40.0
+    whole = result_of("torch.compile", 3.0)
+    opened().keep("second", FOUND, {"torch.compile": (PLAIN, 50.0)}, [whole], "torch.compile")
+    opened().keep("third", FOUND, {"torch.compile": (PLAIN, 30.0)}, [given_up], "torch.compile")
+    assert opened().cost_s(PLAIN) == 50.0 and opened().winner() == PLAIN
+    assert opened().why_not(LESS, [whole]) is None
+
+
 def test_a_run_that_was_told_what_to_try_leaves_the_winner_as_it_was(opened):
     leave(opened())
     told = opened(only="torch.compile")
