@@ -12,12 +12,11 @@ from torch.utils import _pytree
 
 from agnitra_lab.device.call_time import time_ms
 from agnitra_lab.patch.layouts import CHANNELS_LAST
+from agnitra_lab.patch.measured import LEAST_GAIN
 from agnitra_lab.patch.ops import argument, fake_of, op_name
 
 _TF32_SHARE = 5e-5
 """Of the result's norm: TF32 leaves 3e-4, fp32 1e-7 to 1e-6."""
-LEAST_GAIN = 1.03
-"""Times that a layout has to be faster to be worth a change."""
 RANKS = {"conv2d": 4, "conv_transpose2d": 4, "conv3d": 5, "conv_transpose3d": 5}
 """Operation -> rank of its input with a batch dimension."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from agnitra_lab.patch.ops import argument, binary, fake_of, op_name
-from agnitra_lab.patch.products import keeps_rows
+from agnitra_lab.patch.products import over_views
 
 
 @dataclass
@@ -46,7 +45,7 @@ def find_epilogue(product: fx.Node) -> Epilogue:
 
 
 def _take_gate(found: Epilogue) -> bool:
-    value, passed = _over_views(found.final)
+    value, passed = over_views(found.final)
     halves = _halves(value)
     if halves is None:
         return False
@@ -133,7 +132,7 @@ def activation_of(node: Any) -> tuple[str, fx.Node, list[fx.Node]] | None:
 
 
 def _take_activation(found: Epilogue) -> None:
-    value, passed = _over_views(found.final)
+    value, passed = over_views(found.final)
     for user in value.users:
         activation = activation_of(user)
         if activation is None or activation[1] is not value:
@@ -147,7 +146,7 @@ def _take_activation(found: Epilogue) -> None:
 
 
 def _take_residual(found: Epilogue) -> None:
-    value, passed = _over_views(found.final)
+    value, passed = over_views(found.final)
     users = list(value.users)
     operands = binary(users[0], "add") if len(users) == 1 else None
     if operands is None:
@@ -159,20 +158,3 @@ def _take_residual(found: Epilogue) -> None:
     if len({(tuple(fake.shape), fake.dtype, fake.device) for fake in fakes if fake is not None}) == 1:
         found.residual = other
         found.take(users[0], passed)
-
-
-def _over_views(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """Follow a value over views that keep its rows, as long as each is all that is read of it."""
-    passed: list[fx.Node] = []
-    for user in _sole_users(node):
-        if not keeps_rows(user):
-            break
-        passed.append(user)
-        node = user
-    return node, passed
-
-
-def _sole_users(node: fx.Node) -> Iterator[fx.Node]:
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        yield node

@@ -133,6 +133,11 @@ class _Before:
         self.state.restore()
         self.fingerprint: Fingerprint = fingerprint(workload.model)
 
+    def put_back(self) -> None:
+        """Restore what a call or a trace has written."""
+        self.state.restore()
+        self.restore_marks()
+
     def restore_marks(self) -> None:
         """Take back the mark that Dynamo leaves on each weight that it traces."""
         for tensor, mark in self._marks:
@@ -255,8 +260,7 @@ def _compile(
         raise _undo(name, before, how, error) from error
     except BaseException:
         # Interrupted, or out of time.
-        before.state.restore()
-        before.restore_marks()
+        before.put_back()
         raise
     compile_s = time.perf_counter() - started
     if _failure(how) is not None:
@@ -287,8 +291,7 @@ def _take_fast_path(
 
 def _undo(name: str, before: _Before, how: Mapping[str, Any], raised: Exception | None) -> PatchError:
     """Put the model back and say what went wrong. Dynamo wraps a backend's error, or hides it (`suppress_errors`)."""
-    before.state.restore()
-    before.restore_marks()
+    before.put_back()
     error = _failure(how) or raised
     reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".") if error is not None else "unknown"
     return PatchError(f"Candidate {name} could not be compiled: {reason}.", hint="The original model is untouched.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -87,3 +88,20 @@ def keeps_rows(node: Any) -> bool:
     if before is None or after is None or before.dtype != after.dtype or not before.is_contiguous():
         return False
     return before.dim() > 0 and after.dim() > 0 and before.shape[-1] == after.shape[-1]
+
+
+def over_views(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """Follow a value over views that keep its rows, as long as each is all that is read of it."""
+    passed: list[fx.Node] = []
+    for user in _sole_users(node):
+        if not keeps_rows(user):
+            break
+        passed.append(user)
+        node = user
+    return node, passed
+
+
+def _sole_users(node: fx.Node) -> Iterator[fx.Node]:
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        yield node

@@ -28,7 +28,7 @@ from agnitra_lab.patch.measured import Measured, Times, layouts_of
 from agnitra_lab.patch.neighbours import is_read_by_pointwise_alone
 from agnitra_lab.patch.ops import fake_of, mutated_roots
 from agnitra_lab.patch.pointwise_chains import Chain, find_chain
-from agnitra_lab.patch.products import is_plain, is_static, keeps_rows
+from agnitra_lab.patch.products import is_plain, is_static, over_views
 from agnitra_lab.patch.weights import why_not_derivable
 
 ACTION = "activation_gemm"
@@ -89,7 +89,7 @@ def apply(
     num_found = 0
     for node in list(graph_module.graph.nodes):
         product = match_half_product(node, _LEAST_ROWS)
-        value, views = _over_views(node) if product is not None else (node, [])
+        value, views = over_views(node) if product is not None else (node, [])
         chain = find_chain(value, _ACTIVATIONS) if product is not None else None
         if product is None or chain is None:
             continue
@@ -102,15 +102,6 @@ def apply(
     if not num_found:
         context.refuse(ACTION, "no half-precision product has a ReLU or a tanh GELU after it")
     return descriptors
-
-
-def _over_views(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """Follow a product over views that keep its rows, as long as each is all that is read of it."""
-    passed: list[fx.Node] = []
-    while len(node.users) == 1 and keeps_rows(user := next(iter(node.users))):
-        passed.append(user)
-        node = user
-    return node, passed
 
 
 def _why_not(product: MatMul, chain: Chain, written: set[fx.Node], context: RewriteContext) -> str | None:

@@ -21,8 +21,9 @@ from torch import Tensor, fx
 
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, infer
-from agnitra_lab.patch.convolutions import LEAST_GAIN, LayoutTimes, find_convolutions, is_channels_last
+from agnitra_lab.patch.convolutions import LayoutTimes, find_convolutions, is_channels_last
 from agnitra_lab.patch.layouts import CHANNELS_LAST, LayoutFlow, takes_any_strides
+from agnitra_lab.patch.measured import LEAST_GAIN
 from agnitra_lab.patch.neighbours import is_pointwise
 from agnitra_lab.patch.ops import argument, fake_of, mutated_roots, op_name
 from agnitra_lab.patch.rewrites import depthwise_conv
