@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +40,7 @@ def why_turned(graph: fx.Graph, rank: int) -> str | None:
     took half of its time (0.42 of 0.83 ms on an H200).
     """
     convolutions = [node for node in find_convolutions(graph) if RANKS[str(op_name(node))] == rank]
-    times = LayoutTimes()
+    times = layout_times(graph)
     measured = [found for node in convolutions if (found := times.of(node)) is not None]
     first, last = sum(before for before, _ in measured), sum(after for _, after in measured)
     if first <= LEAST_GAIN * last:
@@ -66,6 +67,14 @@ def searched_algorithms() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+_times: weakref.WeakKeyDictionary[fx.Graph, LayoutTimes] = weakref.WeakKeyDictionary()
+
+
+def layout_times(graph: fx.Graph) -> LayoutTimes:
+    """Return the times of a graph's convolutions: several rewrites ask for them, and each is measured once."""
+    return _times.setdefault(graph, LayoutTimes())
 
 
 class LayoutTimes:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, infer
-from agnitra_lab.patch.convolutions import LayoutTimes, find_convolutions, is_channels_last
+from agnitra_lab.patch.convolutions import LayoutTimes, find_convolutions, is_channels_last, layout_times
 from agnitra_lab.patch.layouts import CHANNELS_LAST, LayoutFlow, takes_any_strides
 from agnitra_lab.patch.measured import LEAST_GAIN
 from agnitra_lab.patch.neighbours import is_pointwise
@@ -43,7 +43,7 @@ def apply(
     convolutions = find_convolutions(graph_module.graph)
     if not convolutions:
         context.refuse(ACTION, "the graph has no 2-d or 3-d convolution over a batch")
-    times = LayoutTimes()
+    times = layout_times(graph_module.graph)
     chosen: dict[fx.Node, dict[str, JsonValue]] = {}
     for rank in CHANNELS_LAST:
         fitting = []

@@ -21,7 +21,7 @@ from torch import fx
 
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, infer
-from agnitra_lab.patch.convolutions import LayoutTimes, find_convolutions, is_channels_last
+from agnitra_lab.patch.convolutions import LayoutTimes, find_convolutions, is_channels_last, layout_times
 from agnitra_lab.patch.layouts import restrided
 from agnitra_lab.patch.opaque import RECURRENT
 from agnitra_lab.patch.ops import argument, fake_of, op_name
@@ -46,7 +46,7 @@ def apply(
     layers = [node for node in graph_module.graph.nodes if op_name(node) in RECURRENT]
     descriptors = [found for node in layers if (found := _keep_recurrent(node, context)) is not None]
     convolutions = [node for node in find_convolutions(graph_module.graph) if _is_suspect(node)]
-    times = LayoutTimes()
+    times = layout_times(graph_module.graph)
     descriptors += [found for node in convolutions if (found := _keep_convolution(node, times, context)) is not None]
     if not layers and not convolutions:
         context.refuse(ACTION, "the graph has no recurrent layer, depthwise or transposed convolution")
