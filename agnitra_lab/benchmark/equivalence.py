@@ -44,6 +44,8 @@ from agnitra_lab.errors import UsageError
 
 # A ratio of errors over few effective elements scatters; a near miss is judged again on more seeds.
 _NEAR_MISS_RATIO, _NUM_EXTRA_SEEDS = 2.0, 5
+# Of two errors of one number each, one is often several times the other.
+_NEAR_MISS_RATIO_OF_FEW = 8.0
 # Rounding of the oracle itself, relative to the output's size.
 _ORACLE_SLACK = 1e-8
 _MIN_LOGITS = 16
@@ -146,6 +148,52 @@ def verify(
                     break
     gate.restore()
     return gate.verified()
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """Errors of one output against fp64: the candidate's, the baseline's, and what counts as none (`LeafMatch`)."""
+
+    error: float
+    baseline_error: float
+    rounding: float
+
+    @property
+    def limit(self) -> float:
+        return max(self.usual_limit, self.rounding)
+
+    @property
+    def usual_limit(self) -> float:
+        return MAX_ERROR_RATIO * self.baseline_error + _ORACLE_SLACK
+
+    @property
+    def is_too_large(self) -> bool:
+        return self.error > self.limit
+
+    @property
+    def is_within_rounding_only(self) -> bool:
+        return self.usual_limit < self.error <= self.rounding
+
+    @property
+    def ratio(self) -> float | None:
+        if self.baseline_error == 0.0:
+            return None if self.error > _ORACLE_SLACK else 1.0
+        return self.error / self.baseline_error
+
+    def worse_of(self, other: _Errors) -> _Errors:
+        """Return the larger of both, candidate's and baseline's each for itself."""
+        return _Errors(
+            max(self.error, other.error),
+            max(self.baseline_error, other.baseline_error),
+            max(self.rounding, other.rounding),
+        )
+
+    def problem(self) -> str:
+        """Say what is too large, and what it may be."""
+        most = f"{MAX_ERROR_RATIO:g} times that"
+        if self.rounding:
+            most += f", or one rounding, {self.rounding:.3g}"
+        return f"the error against fp64 is {self.error:.3g}, the baseline's {self.baseline_error:.3g} (at most {most})"
 
 
 @dataclass
@@ -301,25 +349,22 @@ class _Gate:
                 return
 
     def is_near_miss(self) -> bool:
-        """Say whether the error ratio alone stands between the candidate and equivalence, and not by much."""
-        _, _, ratio = self._errors()
-        is_close = ratio is not None and MAX_ERROR_RATIO < ratio <= _NEAR_MISS_RATIO
-        return is_close and self.is_runnable and not self.problems and not self._value_problems()
+        """Say whether the error alone stands between the candidate and equivalence, and not by much."""
+        worst = self._worst_errors()
+        if worst is None or not worst.is_too_large or not self.is_runnable or self.problems or self._value_problems():
+            return False
+        most = _NEAR_MISS_RATIO_OF_FEW if worst.rounding else _NEAR_MISS_RATIO
+        return worst.error <= most * worst.baseline_error
 
-    def _errors(self) -> tuple[float | None, float | None, float | None]:
-        """Worst seed of each output, candidate and baseline; of these the output with the worst ratio."""
-        worst: dict[str, tuple[float, float]] = {}
+    def _worst_errors(self) -> _Errors | None:
+        """Worst seed of each output, candidate and baseline; of these the output that is furthest over its limit."""
+        found: dict[str, _Errors] = {}
         for matches in self.matches:
             for name, leaf in matches:
                 if leaf.error is not None and leaf.baseline_error is not None:
-                    error, baseline_error = worst.get(name, (0.0, 0.0))
-                    worst[name] = (max(error, leaf.error), max(baseline_error, leaf.baseline_error))
-        if not worst:
-            return None, None, None
-        error, baseline_error = max(worst.values(), key=lambda pair: pair[0] / (pair[1] + _ORACLE_SLACK))
-        if baseline_error == 0.0:
-            return error, baseline_error, None if error > _ORACLE_SLACK else 1.0
-        return error, baseline_error, error / baseline_error
+                    errors = _Errors(leaf.error, leaf.baseline_error, leaf.rounding)
+                    found[name] = found[name].worse_of(errors) if name in found else errors
+        return max(found.values(), key=lambda errors: errors.error / errors.limit, default=None)
 
     def _value_problems(self) -> list[str]:
         problems: Counter[str] = Counter()
@@ -344,18 +389,18 @@ class _Gate:
             key=lambda leaf: leaf.share - leaf.required_share,
             default=None,
         )
-        error, baseline_error, ratio = self._errors()
+        errors = self._worst_errors()
         problems = list(self.problems) + self._value_problems()
-        if self.reference.precision_track == "exact" and error is not None and baseline_error is not None:
-            limit = MAX_ERROR_RATIO * baseline_error + _ORACLE_SLACK
-            if error > limit:
-                problems.append(f"the error against fp64 is {error:.3g}, the baseline's {baseline_error:.3g} (at most "
-                                f"{MAX_ERROR_RATIO:g} times that)")  # fmt: skip
+        if self.reference.precision_track == "exact" and errors is not None:
+            if errors.is_too_large:
+                problems.append(errors.problem())
+            elif errors.is_within_rounding_only:
+                self.notes[f"an error of {errors.rounding:.3g} is one rounding, and counts as none"] = None
         if self.matches and not self.is_input_sensitive:
             problems.append("the output does not depend on the input: equivalence would prove nothing")
         if any(leaf.is_judged_by_oracle for matches in self.matches for _, leaf in matches):
             self.notes["eager itself misses the share against fp64: the candidate's share against fp64 decided"] = None
-        elif error is not None:
+        elif errors is not None:
             self.notes["elements were held against the baseline and against fp64"] = None
         equivalence = Equivalence(
             is_equivalent=not problems,
@@ -365,9 +410,9 @@ class _Gate:
             num_seeds=len(self.matches),
             num_elements=sum(leaf.num_elements for matches in self.matches for _, leaf in matches),
             max_abs_error=max((leaf.max_abs_error for m in self.matches for _, leaf in m), default=None),
-            error_vs_fp64=error,
-            baseline_error_vs_fp64=baseline_error,
-            error_ratio=ratio,
+            error_vs_fp64=errors.error if errors else None,
+            baseline_error_vs_fp64=errors.baseline_error if errors else None,
+            error_ratio=errors.ratio if errors else None,
             top1_agreement=self.top1_agreement,
             are_inputs_unchanged=self.are_inputs_unchanged,
             problems=tuple(problems),

@@ -144,6 +144,54 @@ def test_half_precision_inside_a_float32_model_fails_against_fp64() -> None:
     assert "error against fp64" in problems
 
 
+class Loss(torch.nn.Module):
+    """A mean over the rows' squared lengths: one number."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.square().sum(1).mean()
+
+
+def a_step_off(value: torch.Tensor, steps: int) -> torch.Tensor:
+    """Move a value away from its exact one by steps of the last place, upwards."""
+    for _ in range(steps):
+        value = torch.nextafter(value, torch.tensor(float("inf")))
+    return value
+
+
+def rounded_exactly(x: torch.Tensor) -> torch.Tensor:
+    return Loss()(x.double()).float()
+
+
+@pytest.mark.parametrize(("steps", "is_right"), [(0, True), (8, False)])
+def test_a_loss_within_one_rounding_is_right_however_lucky_the_baseline_was(steps: int, is_right: bool) -> None:
+    class Lucky(Loss):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.double()).to(x.dtype)
+
+    def below_or_above(x: torch.Tensor) -> torch.Tensor:
+        exact, nearest = Loss()(x.double()), rounded_exactly(x)
+        other = torch.nextafter(nearest, torch.tensor(float("inf") if exact > nearest.double() else 0.0))
+        return a_step_off(other, steps)
+
+    found = check(Workload("loss", Lucky(), (X,)), below_or_above)
+    assert found.error_ratio is None or found.error_ratio > 1.25
+    assert found.is_equivalent == is_right, found.problems
+    if is_right:
+        assert "one rounding" in str(found.oracle_note)
+    else:
+        assert "or one rounding" in found.problems[0]
+
+
+def test_a_tail_that_a_loss_leaves_out_fails() -> None:
+    class Mean(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.square().mean()
+
+    rows = torch.rand(16384, 4) + 1
+    found = check(Workload("loss", Mean(), (rows,)), lambda x: x[:-1].square().sum() / x.numel())
+    assert "error against fp64" in found.problems[0]
+
+
 def test_a_float32_output_rounded_to_half_fails_without_an_oracle_too() -> None:
     def plain(x: torch.Tensor) -> torch.Tensor:
         return MODEL(x)
