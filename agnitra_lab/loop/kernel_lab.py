@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,11 @@ from agnitra_lab.refine.search import Ahead
 from agnitra_lab.refine.study import as_measurement
 
 _JOBS = "agnitra_lab.loop.kernel_jobs"
-_FIRST_DEADLINE_S, _DEADLINE_S = 60.0, 20.0
+_DEADLINE_S = 20.0
+"""Of a measurement: past it a kernel hangs."""
+_START_DEADLINE_S, _COMPILE_DEADLINE_S = 180.0, 60.0
+"""Of what hangs hardly ever, and takes several times as long where the host has more to do than cores: a dozen loops
+beside each other on 32 cores had kernels refused as hanging that were still being compiled."""
 MAX_COMPILERS, MAX_AHEAD = 8, 4
 """Of one site. What a site's search asks for knows nothing of those ahead of it: by replay on 26 recorded landscapes
 the best of 24 is 1.2% from the optimum with 4 ahead and 1.1% with none; of 40 it is 0.5% and 0.6%."""
@@ -105,13 +110,12 @@ class KernelLab:
             """Time a config, once it is compiled where somebody has begun to."""
             asked = self._ahead.get(_key(site, config))
             # What nobody has begun to compile is compiled where it is measured; what somebody has, not twice at once.
+            deadline_s = _DEADLINE_S
             if asked is not None and not asked.cancel():
-                wait([asked], timeout=_DEADLINE_S)
-            # Where processes take turns at the device, this one waits: the deadline is for the work.
-            with exclusive():
-                outcome = self._worker.run(
-                    f"{_JOBS}:measure", (site, config, self._device, bound), name=config.key(), deadline_s=_DEADLINE_S
-                )
+                wait([asked], timeout=_COMPILE_DEADLINE_S)
+            else:
+                deadline_s += _COMPILE_DEADLINE_S
+            outcome = self._run("measure", (site, config, self._device, bound), config.key(), deadline_s)
             if outcome.status == "ok":
                 return as_measurement(outcome.value)
             if outcome.status != "error":
@@ -122,11 +126,7 @@ class KernelLab:
 
     def library_ms(self, site: Site) -> float | None:
         """Return what the library takes for what the site's kernel computes; None where it could not be measured."""
-        with exclusive():
-            outcome = self._worker.run(
-                f"{_JOBS}:measure_library", (site, self._device), name=f"{site.key()} by the library",
-                deadline_s=_DEADLINE_S,
-            )  # fmt: skip
+        outcome = self._run("measure_library", (site, self._device), f"{site.key()} by the library", _DEADLINE_S)
         return as_measurement(outcome.value).latency_ms if outcome.status == "ok" else None
 
     def close(self) -> None:
@@ -136,9 +136,18 @@ class KernelLab:
         self._warming.join()
         self._worker.close()
 
+    def _run(self, job: str, args: tuple[Any, ...], name: str, deadline_s: float) -> Outcome:
+        self._warming.join()
+        if self._worker.pid is None:
+            # What ended the process before is not this job's fault, nor is the time to start another.
+            self._warm()
+        # Where processes take turns at the device, this one waits: the deadline is for the work.
+        with exclusive():
+            return self._worker.run(f"{_JOBS}:{job}", args, name=name, deadline_s=deadline_s)
+
     def _warm(self) -> None:
-        outcome = self._worker.run(f"{_JOBS}:warm", (self._device,), name="start", deadline_s=_FIRST_DEADLINE_S)
-        self._target = outcome.value
+        outcome = self._worker.run(f"{_JOBS}:warm", (self._device,), name="start", deadline_s=_START_DEADLINE_S)
+        self._target = outcome.value or self._target
 
 
 def _key(site: Site, config: KernelConfig) -> str:

@@ -82,6 +82,7 @@ class LayoutTimes:
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[float, float] | None] = {}
+        self._lossy: set[Any] = set()
 
     def of(self, node: fx.Node) -> tuple[float, float] | None:
         """Return the times in ms with channels first and last.
@@ -89,10 +90,15 @@ class LayoutTimes:
         None when one of them does not run, or cuDNN computes it in TF32 with its channels last and does not with them
         first: torch lets it choose, and the choice differs by layout.
         """
-        key = (op_name(node), *_keys(node.args), *_keys(sorted(node.kwargs.items())))
+        key = _key(node)
         if key not in self._known:
             self._known[key] = self._measure(node)
         return self._known[key]
+
+    def loses_digits(self, node: fx.Node) -> bool:
+        """Whether it is computed in TF32 with the channels last, and in full with them first."""
+        self.of(node)
+        return _key(node) in self._lossy
 
     def conversion_ms(self, fake: Tensor) -> float:
         """Return the time of a copy from one layout to the other."""
@@ -111,7 +117,10 @@ class LayoutTimes:
         memory_format = CHANNELS_LAST[fake.dim()]
         first = _time_ms(node, fake.device, torch.contiguous_format)
         last = _time_ms(node, fake.device, memory_format)
-        if first is None or last is None or _loses_digits(node, fake, memory_format):
+        if first is None or last is None:
+            return None
+        if _loses_digits(node, fake, memory_format):
+            self._lossy.add(_key(node))
             return None
         return first, last
 
@@ -175,6 +184,10 @@ def _random(fake: Tensor | None, memory_format: torch.memory_format) -> Tensor:
 
 def _laid_out(real: Tensor, memory_format: torch.memory_format) -> Tensor:
     return real.contiguous(memory_format=memory_format) if real.dim() in CHANNELS_LAST else real
+
+
+def _key(node: fx.Node) -> Any:
+    return (op_name(node), *_keys(node.args), *_keys(sorted(node.kwargs.items())))
 
 
 def _keys(values: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from agnitra_lab.contracts import Kernel, KernelConfig, Workload
 from agnitra_lab.generate import registry
+from agnitra_lab.patch import convolutions
 from agnitra_lab.patch.convolutions import LayoutTimes
 from agnitra_lab.patch.install import install
 from agnitra_lab.patch.opaque import conv_as_is
@@ -250,11 +251,20 @@ def test_a_kept_convolution_computes_the_same(function, monkeypatch):
     def keep(node, times, context):
         arguments = keep_eager._aten_arguments(node)
         kept.append(arguments)
-        return keep_eager._install(node, arguments, (1.0, 2.0), context)
+        return keep_eager._install(node, arguments, {}, context)
 
     monkeypatch.setattr(keep_eager, "_keep_convolution", keep)
     patch, _ = check(["keep_eager"], function, IMAGE)
     assert len(made(patch, "keep_eager")) == len(kept) == 1
+
+
+def test_a_convolution_that_would_lose_digits_with_its_channels_innermost_keeps_its_layout(monkeypatch):
+    monkeypatch.setattr(convolutions, "_loses_digits", lambda node, fake, memory_format: True)
+    monkeypatch.setattr(convolutions, "_time_ms", lambda node, device, memory_format: 1.0)
+    monkeypatch.setattr(keep_eager, "_is_on_cuda", lambda node: True)
+    patch, _ = check(["channels_last", "keep_eager"], lambda m, x: m.next(m.conv(x)).relu(), IMAGE)
+    assert made(patch, "channels_last") == []
+    assert [each.config for each in made(patch, "keep_eager")] == [{"is_tf32_with_channels_last": True}] * 2
 
 
 def test_the_opaque_operations_hold_what_they_promise():

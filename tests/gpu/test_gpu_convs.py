@@ -128,3 +128,13 @@ def test_a_layout_in_which_cudnn_takes_tf32_alone_is_no_choice_for_fp32() -> Non
     eager = conv(x)
     patch = install(Workload("conv", conv, (x,)), ["channels_last"], name="agnitra")
     torch.testing.assert_close(patch.model(x), eager, rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_of_few_channels_keeps_the_digits_that_eager_has(monkeypatch) -> None:
+    # torch's default: cuDNN may choose TF32, which it does here with the channels innermost alone.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 64, 3), torch.nn.GELU()).cuda()
+    x = torch.randn(16, 8, 128, 128, device="cuda")
+    eager, exact = model(x), model.double()(x.double())
+    patch = install(Workload("conv", model.float(), (x,)), ["channels_last", "keep_eager"], name="candidate")
+    assert error(patch.model(x), exact) <= 1.25 * error(eager, exact)

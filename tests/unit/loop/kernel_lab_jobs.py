@@ -1,4 +1,7 @@
-"""Jobs that a kernel config may turn out to be: one that hangs, one that dies, one that works."""
+"""Jobs that a kernel config may turn out to be: one that hangs, one that dies, one that compiles long, one that works.
+
+Where a file "slow" lies in the working folder a process takes long to start.
+"""
 
 import os
 import time
@@ -8,8 +11,14 @@ from agnitra_lab.contracts.search import Measurement
 from agnitra_lab.refine.bound import NO_BOUND
 from agnitra_lab.refine.landscape_task import Compiled
 
+_is_warm = False
+
 
 def warm(device):
+    """Start, which whoever measures without takes the time for."""
+    global _is_warm
+    time.sleep(3.5 if Path("slow").exists() else 0)
+    _is_warm = True
     return ("cuda", 90, 32)
 
 
@@ -26,8 +35,12 @@ def compile_config(site, params, target, called=None):
 
 
 def measure(site, config, device, bound=NO_BOUND):
+    if not _is_warm:
+        warm(device)
     if config.params["BLOCK_N"] == 1:
         time.sleep(60)
+    if config.params["BLOCK_N"] == 3:
+        time.sleep(1.5)
     if config.params["BLOCK_N"] == 2:
         os.abort()
     if config.params["BLOCK_N"] == 4:

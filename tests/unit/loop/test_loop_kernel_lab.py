@@ -28,6 +28,7 @@ def _jobs(monkeypatch, tmp_path):
     for module in (kernel_lab, compilers):
         monkeypatch.setattr(module, "_JOBS", str(Path(__file__).with_name("kernel_lab_jobs.py")))
     monkeypatch.setattr(kernel_lab, "_DEADLINE_S", 1.0)
+    monkeypatch.setattr(kernel_lab, "_COMPILE_DEADLINE_S", 2.0)
     monkeypatch.chdir(tmp_path)
 
 
@@ -54,6 +55,29 @@ def test_the_next_config_is_measured_within_ten_seconds_of_one_that_hangs_or_die
     assert measure(config(8)).latency_ms == 0.25
     assert time.monotonic() - started_s < 10
     assert [outcome.name for outcome in lab.casualties] == [config(block_n).key()]
+
+
+def test_a_process_that_takes_the_place_of_another_starts_before_its_first_measurement(lab, tmp_path):
+    (tmp_path / "slow").touch()
+    measure = lab.measure(SITE)
+    with pytest.raises(SearchError, match="crash"):
+        measure(config(2))
+    assert measure(config(8)).latency_ms == 0.25
+    assert len(lab.casualties) == 1
+
+
+def test_what_is_compiled_where_it_is_measured_has_the_time_for_both(lab):
+    assert lab.measure(SITE)(config(3)).latency_ms > 0
+
+
+def test_a_compiled_config_hangs_after_the_time_of_a_measurement(lab_with_compilers):
+    lab_with_compilers.prepare(SITE, [config(1)])
+    while not Path("compiled").exists():
+        time.sleep(0.01)
+    started_s = time.monotonic()
+    with pytest.raises(SearchError, match="timeout"):
+        lab_with_compilers.measure(SITE)(config(1))
+    assert time.monotonic() - started_s < kernel_lab._DEADLINE_S + kernel_lab._COMPILE_DEADLINE_S
 
 
 def test_waiting_for_a_turn_at_the_device_does_not_count_as_a_hanging_kernel(lab, tmp_path):
