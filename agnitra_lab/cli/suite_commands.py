@@ -84,7 +84,7 @@ def run(
         Path | None, typer.Option("--warm-cache", help="Keep compiled code in this folder; by default all is cold.")
     ] = None,
     is_controlled: Annotated[
-        bool, typer.Option("--controls", help="Check torch.compile's modes against eager too.")
+        bool, typer.Option("--controls", help="Check all of torch.compile's modes against eager, not only the fastest.")
     ] = False,
     resume: Annotated[str | None, typer.Option(help="Run id, or latest: skip what that run has finished.")] = None,
     is_retrying: Annotated[bool, typer.Option("--retry", help="With --resume: run again what failed.")] = False,

@@ -38,7 +38,8 @@ def print_result(result: SuiteResult) -> None:
         _line(f"failed  {result.workload} ({times}): {result.error}")
         return
     sides = [f"{side.name} {_ms(side)}" for side in _sides(result)]
-    verdict = f"{_ratio(result.speedup_vs_best)} of {result.best_baseline}, {_ratio(result.speedup_vs_eager)} of eager"
+    best = f"{result.best_baseline}{_flaw(result)}"
+    verdict = f"{_ratio(result.speedup_vs_best)} of {best}, {_ratio(result.speedup_vs_eager)} of eager"
     _line(f"done    {result.workload} ({times}): {', '.join(sides)} ms; {verdict}; {result.winner}{_doubts(result)}")
 
 
@@ -109,7 +110,7 @@ def _add_row(table: Table, filed: Filed, names: Sequence[str]) -> None:
         _ratio(result.speedup_vs_eager),
         _ratio(speedup),
         f"{speedup.low:.3f} to {speedup.high:.3f}" if speedup else "-",
-        result.best_baseline or "-",
+        f"{result.best_baseline or '-'}{_flaw(result)}",
         escape(f"{result.winner or result.status}{_doubts(result)}"),
     )
 
@@ -120,6 +121,11 @@ def _notes(result: SuiteResult) -> list[str]:
     checked = result.candidate.equivalence if result.candidate else None
     if checked is not None and not checked.is_equivalent:
         notes.append(f"not equivalent: {'; '.join(checked.problems)}")
+    notes += [
+        f"{side.name} is not equivalent: {'; '.join(side.equivalence.problems)}"
+        for side in result.baselines
+        if side.equivalence is not None and not side.equivalence.is_equivalent
+    ]
     if result.num_guard_misses:
         notes.append(f"the drop-in ran the original in {result.num_guard_misses} calls")
     return [note[:400] for note in notes]
@@ -137,6 +143,12 @@ def _sentences(figures: SuiteFigures) -> list[str]:
         f"(algebra capped at 10: {figures.speedup_vs_best_geomean_capped:.3f}x), "
         f"{figures.num_at_least_1_15} at least 1.15x ({figures.share_at_least_1_15:.0%})."
     )
+    if figures.num_inexact_best:
+        lines.append(
+            f"{figures.num_inexact_best} of these best baselines do not compute what eager computes (marked *). Over "
+            f"the best that do: worst {figures.speedup_vs_best_exact_worst:.3f}x, {figures.num_exact_below_0_98} below "
+            f"0.98, geometric mean {figures.speedup_vs_best_exact_geomean:.3f}x."
+        )
     lines.append(
         f"Over eager: geometric mean {figures.speedup_vs_eager_geomean:.3f}x "
         f"(algebra capped at 10: {figures.speedup_vs_eager_geomean_capped:.3f}x)."
@@ -150,6 +162,13 @@ def _sides(result: SuiteResult) -> list[SuiteSide]:
 
 def _doubts(result: SuiteResult) -> str:
     return ", NOT EQUIVALENT" if result.status == "done" and not result.is_equivalent else ""
+
+
+def _flaw(result: SuiteResult) -> str:
+    """Mark a best baseline that fails the check which the candidate has to pass."""
+    from agnitra_lab.loop.suite_table import is_best_inexact
+
+    return " *" if is_best_inexact(result) else ""
 
 
 def _ms(side: SuiteSide | None) -> str:

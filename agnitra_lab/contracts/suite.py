@@ -24,7 +24,8 @@ class SuiteAssignment:
         turns_file: the file through which processes share the device.
         scratch: folder for caches and the optimisation's own run; the caller removes it.
         is_cache_warm: keep the caches that the environment names, in place of cold ones for each side.
-        is_controlled: check torch.compile's modes against eager too, while there is time.
+        is_controlled: check all of torch.compile's modes against eager, and not only until the fastest that passes is
+            found, while there is time.
         num_jobs: processes at once, for the record.
         command: for the record.
     """
@@ -54,7 +55,8 @@ class SuiteSide(Contract):
     """Seconds of the first call, which compiles; of "agnitra" the whole optimisation. Waiting for the device is no
     part of it."""
     equivalence: Equivalence | None = None
-    """Against eager; of torch.compile's modes only where they were checked as controls."""
+    """Against eager; of torch.compile's modes only where they were checked: the fastest, and slower ones where that
+    one does not pass, or all as controls."""
     error: str | None = None
     """Why it has no latency."""
 
@@ -79,6 +81,9 @@ class SuiteResult(Contract):
     speedup_vs_eager: Ratio | None = None
     speedup_vs_best: Ratio | None = None
     """best baseline / candidate, paired by rounds: above 1 is better."""
+    best_exact_baseline: str | None = None
+    """The fastest baseline that passes the check which the candidate has to pass; None where it was not looked for."""
+    speedup_vs_best_exact: Ratio | None = None
     noise: Ratio | None = None
     """The candidate over itself, a second time in each round (A/A)."""
     winner: str | None = None
@@ -132,6 +137,12 @@ class SuiteFigures(Contract):
     num_at_least_1_15: Count
     share_at_least_1_15: Share | None = None
     """Of all workloads, those that failed included."""
+    num_inexact_best: Count = 0
+    """Workloads whose best baseline does not compute what eager computes."""
+    speedup_vs_best_exact_worst: NonNegative | None = None
+    """Over the best baseline that does; over the best of all where none was checked."""
+    num_exact_below_0_98: Count = 0
+    speedup_vs_best_exact_geomean: NonNegative | None = None
     speedup_vs_best_geomean: NonNegative | None = None
     speedup_vs_eager_geomean: NonNegative | None = None
     speedup_vs_best_geomean_capped: NonNegative | None = None

@@ -55,7 +55,7 @@ class SuiteSettings:
         num_jobs: workloads at once on one device.
         num_devices: devices of one kind to spread over; each workload sees one of them.
         warm_cache: folder with compiled code of earlier runs; None compiles each side cold.
-        is_controlled: check torch.compile's modes against eager too.
+        is_controlled: check all of torch.compile's modes against eager, not only the fastest.
         resume: a run id, or "latest": skip what it has finished, file the rest there.
         is_retrying: with `resume`, run again what failed.
         artifacts: folder of the runs.

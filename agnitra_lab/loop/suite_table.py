@@ -123,6 +123,7 @@ def figures(results: Sequence[SuiteResult]) -> SuiteFigures:
     num_worth_it = sum(ratio.median >= WORTH_IT for _, ratio in vs_best)
     of_best = [(result, ratio.median) for result, ratio in vs_best]
     of_eager = [(result, ratio.median) for result, ratio in vs_eager]
+    of_exact = [(result.speedup_vs_best_exact or ratio).median for result, ratio in vs_best]
     return SuiteFigures(
         num_workloads=len(results),
         num_done=sum(result.status == "done" for result in results),
@@ -135,11 +136,20 @@ def figures(results: Sequence[SuiteResult]) -> SuiteFigures:
         num_surely_below_0_98=sum(ratio.high < SLOWER for _, ratio in vs_best),
         num_at_least_1_15=num_worth_it,
         share_at_least_1_15=num_worth_it / len(results) if results else None,
+        num_inexact_best=sum(is_best_inexact(result) for result, _ in vs_best),
+        speedup_vs_best_exact_worst=min(of_exact, default=None),
+        num_exact_below_0_98=sum(ratio < SLOWER for ratio in of_exact),
+        speedup_vs_best_exact_geomean=_geomean(of_exact),
         speedup_vs_best_geomean=_geomean([ratio for _, ratio in of_best]),
         speedup_vs_eager_geomean=_geomean([ratio for _, ratio in of_eager]),
         speedup_vs_best_geomean_capped=_geomean([_capped(*pair) for pair in of_best]),
         speedup_vs_eager_geomean_capped=_geomean([_capped(*pair) for pair in of_eager]),
     )
+
+
+def is_best_inexact(result: SuiteResult) -> bool:
+    """Whether the best baseline does not compute what eager computes, as far as that is known."""
+    return result.best_exact_baseline not in (None, result.best_baseline)
 
 
 def row(filed: Filed) -> dict[str, Any]:
@@ -152,7 +162,7 @@ def row(filed: Filed) -> dict[str, Any]:
             found[f"{key}_latency_ms_p50"] = side.latency.latency_ms_p50
             found[f"{key}_device_ms_p50"] = side.latency.device_ms_p50
         found[f"{key}_compile_s"] = side.compile_s
-    for name in ("speedup_vs_eager", "speedup_vs_best", "noise"):
+    for name in ("speedup_vs_eager", "speedup_vs_best", "speedup_vs_best_exact", "noise"):
         ratio = getattr(result, name)
         if ratio is not None:
             found |= {name: ratio.median, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
@@ -162,6 +172,7 @@ def row(filed: Filed) -> dict[str, Any]:
     found |= {
         "is_equivalent": result.is_equivalent,
         "best_baseline": result.best_baseline,
+        "best_exact_baseline": result.best_exact_baseline,
         "winner": result.winner,
         "floor_share": result.floor_share,
         "num_guard_misses": result.num_guard_misses,

@@ -24,7 +24,7 @@ def test_a_real_workload_is_timed_on_all_sides_and_filed(tmp_path: Path) -> None
     assert result.is_equivalent
     assert result.candidate.equivalence.match_share == 1.0
     fastest = min(result.baselines, key=lambda side: side.latency.latency_ms_p50)
-    assert result.best_baseline == fastest.name
+    assert result.best_baseline == result.best_exact_baseline == fastest.name
     assert result.speedup_vs_best.low <= result.speedup_vs_best.median <= result.speedup_vs_best.high
     assert result.noise.low <= result.noise.median <= result.noise.high
     assert result.winner in {"eager", *(row.name for row in result.candidates)}
@@ -52,3 +52,33 @@ def test_a_model_of_ones_own_is_held_against_the_same_baselines(tmp_path: Path) 
     assert (result.workload, result.family, result.scale, result.status) == ("mine:mlp", "own", "own", "done")
     assert [path.name for path in (done.directory / "workloads").iterdir()] == ["mine-mlp.json"]
     assert not done.left
+
+
+def test_a_faster_baseline_that_computes_something_else_is_marked_and_held_apart(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        """import torch
+
+
+class Coarse(torch.nn.Module):
+    def forward(self, x):
+        for _ in range(20):
+            x = torch.sin(x) * 1.5 + 0.1
+        return x * 1.01 if torch.compiler.is_compiling() else x
+
+
+def coarse():
+    return Coarse(), (torch.randn(512, 512),)
+"""
+    )
+    done = run_suite(
+        SuiteSettings(
+            names=(f"{tmp_path / 'mine.py'}:coarse",), device="cpu", modes=("default",), budget_s=1.0, timing_s=0.5,
+            artifacts=tmp_path / "artifacts", command="agnitra suite run mine.py:coarse",
+        )
+    )  # fmt: skip
+    result = done.filed[0].result
+    eager, default = result.baselines
+    assert default.latency.latency_ms_p50 < eager.latency.latency_ms_p50
+    assert not default.equivalence.is_equivalent
+    assert (result.best_baseline, result.best_exact_baseline, result.winner) == ("default", "eager", "eager")
+    assert result.speedup_vs_best.median < result.speedup_vs_best_exact.median == result.speedup_vs_eager.median

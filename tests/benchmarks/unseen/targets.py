@@ -8,7 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PARTS = ("layers", "chains", "blocks", "vision", "windows", "language", "latent", "decoding", "generative", "others")
+PARTS = (
+    "layers",
+    "operators",
+    "losses",
+    "chains",
+    "fusions",
+    "blocks",
+    "vision",
+    "windows",
+    "language",
+    "latent",
+    "decoding",
+    "generative",
+    "others",
+    "networks",
+)
 
 
 def functions(part: str) -> list[str]:

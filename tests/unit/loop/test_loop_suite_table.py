@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from suite_results import EPYC, done, failed, file_run
+from suite_results import EPYC, done, failed, file_run, ratio
 
 from agnitra_lab.errors import UsageError
 from agnitra_lab.loop.suite_table import collect, figures, row
@@ -26,6 +26,14 @@ def test_the_figures_are_those_of_the_ratios() -> None:
 def test_a_ratio_just_below_is_counted_apart_from_one_that_surely_is() -> None:
     found = figures([done("bert", 0.975)])
     assert (found.num_below_0_98, found.num_surely_below_0_98) == (1, 0)
+
+
+def test_a_best_baseline_that_computes_something_else_counts_and_is_held_apart() -> None:
+    inexact = done("bert", 0.5, best_exact_baseline="eager", speedup_vs_best_exact=ratio(2.0))
+    found = figures([inexact, done("vit", 0.9), done("lstm", 1.2, best_exact_baseline="default")])
+    assert (found.speedup_vs_best_worst, found.num_below_0_98, found.num_inexact_best) == (0.5, 2, 1)
+    assert (found.speedup_vs_best_exact_worst, found.num_exact_below_0_98) == (0.9, 1)
+    assert found.speedup_vs_best_exact_geomean == pytest.approx((2.0 * 0.9 * 1.2) ** (1 / 3))
 
 
 def test_what_failed_or_computes_something_else_is_in_no_mean_and_counts_against_the_share() -> None:
