@@ -110,11 +110,10 @@ class KernelLab:
             """Time a config, once it is compiled where somebody has begun to."""
             asked = self._ahead.get(_key(site, config))
             # What nobody has begun to compile is compiled where it is measured; what somebody has, not twice at once.
-            deadline_s = _DEADLINE_S
             if asked is not None and not asked.cancel():
                 wait([asked], timeout=_COMPILE_DEADLINE_S)
-            else:
-                deadline_s += _COMPILE_DEADLINE_S
+            is_compiled = asked is not None and asked.done() and not asked.cancelled()
+            deadline_s = _DEADLINE_S if is_compiled else _DEADLINE_S + _COMPILE_DEADLINE_S
             outcome = self._run("measure", (site, config, self._device, bound), config.key(), deadline_s)
             if outcome.status == "ok":
                 return as_measurement(outcome.value)

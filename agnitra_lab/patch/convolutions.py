@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree
 
 from agnitra_lab.device.call_time import time_ms
-from agnitra_lab.patch.layouts import CHANNELS_LAST
+from agnitra_lab.patch.layouts import CHANNELS_LAST, takes_any_strides
 from agnitra_lab.patch.measured import LEAST_GAIN
+from agnitra_lab.patch.neighbours import is_pointwise
 from agnitra_lab.patch.ops import argument, fake_of, op_name
 
 _TF32_SHARE = 5e-5
@@ -100,6 +101,15 @@ class LayoutTimes:
         self.of(node)
         return _key(node) in self._lossy
 
+    def of_all(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, tuple[float, float]]:
+        """Return the times of each, without those that have none."""
+        return {node: found for node in nodes if (found := self.of(node)) is not None}
+
+    def together(self, measured: Mapping[fx.Node, tuple[float, float]], rank: int) -> tuple[float, float]:
+        """Return the times in ms of all in one layout and in the other, with the copies that this one costs."""
+        before = sum(first for first, _ in measured.values())
+        return before, sum(last for _, last in measured.values()) + self._border_ms(measured.keys(), rank)
+
     def conversion_ms(self, fake: Tensor) -> float:
         """Return the time of a copy from one layout to the other."""
         key = ("copy", tuple(fake.shape), fake.dtype, fake.device)
@@ -110,6 +120,29 @@ class LayoutTimes:
             self._known[key] = (time or 0.0, 0.0)
         known = self._known[key]
         return known[0] if known is not None else 0.0
+
+    def _border_ms(self, nodes: Collection[fx.Node], rank: int) -> float:
+        """Return the time of the copies into the layout and out of it, at kernels of ours that want their own too."""
+        reached: set[fx.Node] = set()
+        total = 0.0
+        for node in next(iter(nodes)).graph.nodes:
+            if node.op == "output":
+                fakes = [fake_of(source) for source in node.all_input_nodes if source in reached]
+                return total + sum(
+                    self.conversion_ms(fake) for fake in fakes if fake is not None and fake.dim() == rank
+                )
+            x = argument(node, 0, "input")
+            fake = fake_of(x)
+            if node in nodes and x not in reached and fake is not None and not is_channels_last(fake):
+                total += self.conversion_ms(fake)
+            moved = [source for source in node.all_input_nodes if source in reached]
+            if node in nodes or (moved and takes_any_strides(node)):
+                reached.add(node)
+            else:
+                # What a pointwise op gives is written as the kernel wants it.
+                copied = [fake_of(source) for source in moved if not is_pointwise(source)]
+                total += sum(self.conversion_ms(fake) for fake in copied if fake is not None and fake.dim() == rank)
+        return total
 
     def _measure(self, node: fx.Node) -> tuple[float, float] | None:
         fake = fake_of(argument(node, 0, "input"))

@@ -248,7 +248,7 @@ def test_a_kept_convolution_computes_the_same(function, monkeypatch):
     # The rule asks for CUDA, the replacement itself is the same everywhere.
     kept = []
 
-    def keep(node, times, context):
+    def keep(node, times, together, context):
         arguments = keep_eager._aten_arguments(node)
         kept.append(arguments)
         return keep_eager._install(node, arguments, {}, context)
@@ -256,6 +256,18 @@ def test_a_kept_convolution_computes_the_same(function, monkeypatch):
     monkeypatch.setattr(keep_eager, "_keep_convolution", keep)
     patch, _ = check(["keep_eager"], function, IMAGE)
     assert len(made(patch, "keep_eager")) == len(kept) == 1
+
+
+@pytest.mark.parametrize(("border_ms", "num_kept"), [(0.0, 0), (1.0, 2)])
+def test_convolutions_that_are_slower_turned_with_the_copies_around_them_keep_their_layout(
+    border_ms, num_kept, monkeypatch
+):
+    monkeypatch.setattr(LayoutTimes, "of", lambda self, node: (2.0, 1.9))
+    monkeypatch.setattr(LayoutTimes, "conversion_ms", lambda self, fake: border_ms)
+    monkeypatch.setattr(keep_eager, "_is_on_cuda", lambda node: True)
+    patch, _ = check(["channels_last", "keep_eager"], lambda m, x: m.next(m.conv(x)).relu(), IMAGE)
+    assert len(made(patch, "keep_eager")) == num_kept
+    assert len(made(patch, "channels_last")) == 2 - num_kept
 
 
 def test_a_convolution_that_would_lose_digits_with_its_channels_innermost_keeps_its_layout(monkeypatch):

@@ -22,9 +22,8 @@ from torch import Tensor, fx
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, infer
 from agnitra_lab.patch.convolutions import LayoutTimes, find_convolutions, is_channels_last, layout_times
-from agnitra_lab.patch.layouts import CHANNELS_LAST, LayoutFlow, takes_any_strides
+from agnitra_lab.patch.layouts import CHANNELS_LAST, LayoutFlow
 from agnitra_lab.patch.measured import LEAST_GAIN
-from agnitra_lab.patch.neighbours import is_pointwise
 from agnitra_lab.patch.ops import argument, fake_of, mutated_roots, op_name
 from agnitra_lab.patch.rewrites import depthwise_conv
 from agnitra_lab.patch.weights import why_not_derivable
@@ -75,11 +74,10 @@ def _why_not(node: fx.Node, context: RewriteContext) -> str | None:
 def _choose(
     nodes: Sequence[fx.Node], rank: int, times: LayoutTimes, context: RewriteContext
 ) -> dict[fx.Node, dict[str, JsonValue]]:
-    measured = {node: found for node in nodes if (found := times.of(node)) is not None}
+    measured = times.of_all(nodes)
     if not measured:
         return {}
-    before = sum(first for first, _ in measured.values())
-    after = sum(last for _, last in measured.values()) + _border_ms(list(measured), rank, times)
+    before, after = times.together(measured, rank)
     if before / after <= LEAST_GAIN:
         context.refuse(
             ACTION,
@@ -91,28 +89,6 @@ def _choose(
         node: {"channels_first_ms": round(first, 6), "channels_last_ms": round(last, 6)}
         for node, (first, last) in measured.items()
     }
-
-
-def _border_ms(nodes: Sequence[fx.Node], rank: int, times: LayoutTimes) -> float:
-    """Return the time of the copies into the layout and out of it, at kernels of ours that want their own too."""
-    reached: set[fx.Node] = set()
-    total = 0.0
-    for node in nodes[0].graph.nodes:
-        if node.op == "output":
-            fakes = [fake_of(source) for source in node.all_input_nodes if source in reached]
-            return total + sum(times.conversion_ms(fake) for fake in fakes if fake is not None and fake.dim() == rank)
-        x = argument(node, 0, "input")
-        fake = fake_of(x)
-        if node in nodes and x not in reached and fake is not None and not is_channels_last(fake):
-            total += times.conversion_ms(fake)
-        moved = [source for source in node.all_input_nodes if source in reached]
-        if node in nodes or (moved and takes_any_strides(node)):
-            reached.add(node)
-        else:
-            # What a pointwise op gives is written as the kernel wants it.
-            copied = [fake_of(source) for source in moved if not is_pointwise(source)]
-            total += sum(times.conversion_ms(fake) for fake in copied if fake is not None and fake.dim() == rank)
-    return total
 
 
 def _convert(chosen: dict[fx.Node, dict[str, JsonValue]], context: RewriteContext) -> list[PatchDescriptor]:
