@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from agnitra_lab.contracts.measurement import MAX_ERROR_RATIO
+
 RTOL = {
     torch.float64: 1e-7,
     torch.float32: 1e-4,
@@ -19,7 +21,6 @@ RTOL = {
 RELAXED_RTOL = 1.6e-2
 # Eight-bit floats: two steps of a three-bit mantissa.
 _NARROW_RTOL = 0.125
-MAX_ERROR_RATIO = 1.25
 # A share of 99.9% lets a whole lost block of a large output pass; no single element may be this many tolerances off.
 _MAX_TOLERANCES = 20.0
 _SHARE_SLACK = 1e-3

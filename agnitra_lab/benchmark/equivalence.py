@@ -23,7 +23,7 @@ from agnitra_lab.benchmark.effects import (
     written_elements,
     written_part,
 )
-from agnitra_lab.benchmark.elements import MAX_ERROR_RATIO, RTOL, LeafMatch, match, rtol_of
+from agnitra_lab.benchmark.elements import RTOL, LeafMatch, match, rtol_of
 from agnitra_lab.benchmark.inputs import redraw, shifted_copy
 from agnitra_lab.benchmark.outputs import (
     Call,
@@ -36,7 +36,7 @@ from agnitra_lab.benchmark.outputs import (
 from agnitra_lab.benchmark.reference import Answer, PrecisionTrack, Reference, first_line
 from agnitra_lab.benchmark.state import ModuleState, module_of
 from agnitra_lab.benchmark.tree import tensors
-from agnitra_lab.contracts.measurement import Equivalence
+from agnitra_lab.contracts.measurement import MAX_ERROR_RATIO, Equivalence
 from agnitra_lab.contracts.workload import Inputs, Workload
 from agnitra_lab.device.exclusive import exclusive
 from agnitra_lab.device.info import synchronize

@@ -124,7 +124,7 @@ def _notes(result: SuiteResult) -> list[str]:
     notes += [
         f"{side.name} is not equivalent: {'; '.join(side.equivalence.problems)}"
         for side in result.baselines
-        if side.equivalence is not None and not side.equivalence.is_equivalent
+        if side.equivalence is not None and not side.equivalence.is_equivalent and _flaw(result)
     ]
     if result.num_guard_misses:
         notes.append(f"the drop-in ran the original in {result.num_guard_misses} calls")
@@ -145,8 +145,8 @@ def _sentences(figures: SuiteFigures) -> list[str]:
     )
     if figures.num_inexact_best:
         lines.append(
-            f"{figures.num_inexact_best} of these best baselines do not compute what eager computes (marked *). Over "
-            f"the best that do: worst {figures.speedup_vs_best_exact_worst:.3f}x, {figures.num_exact_below_0_98} below "
+            f"{figures.num_inexact_best} of these best baselines give other values than eager (marked *). Over the "
+            f"best that do not: worst {figures.speedup_vs_best_exact_worst:.3f}x, {figures.num_exact_below_0_98} below "
             f"0.98, geometric mean {figures.speedup_vs_best_exact_geomean:.3f}x."
         )
     lines.append(
@@ -165,7 +165,7 @@ def _doubts(result: SuiteResult) -> str:
 
 
 def _flaw(result: SuiteResult) -> str:
-    """Mark a best baseline that fails the check which the candidate has to pass."""
+    """Mark a best baseline whose values fail the check that the candidate's have to pass."""
     from agnitra_lab.loop.suite_table import is_best_inexact
 
     return " *" if is_best_inexact(result) else ""

@@ -7,6 +7,8 @@ from typing import Literal
 from agnitra_lab.contracts.base import Contract, Count, NonNegative, Positive, Share
 
 Verdict = Literal["faster", "no_change", "slower", "not_equivalent"]
+MAX_ERROR_RATIO = 1.25
+"""What the error against fp64 may be of the baseline's own, on the exact track."""
 
 
 class Latency(Contract):
@@ -46,7 +48,8 @@ class Equivalence(Contract):
     """RMS error over RMS(oracle), worst seed."""
     baseline_error_vs_fp64: NonNegative | None
     error_ratio: NonNegative | None
-    """error_vs_fp64 over the baseline's own; at most 1.25 on the exact track."""
+    """error_vs_fp64 over the baseline's own; at most MAX_ERROR_RATIO on the exact track, save for one rounding of few
+    values."""
     top1_agreement: Share | None = None
     """Language models: share of positions where the most likely token is the same."""
     are_inputs_unchanged: bool = True

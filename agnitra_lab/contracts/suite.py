@@ -81,9 +81,6 @@ class SuiteResult(Contract):
     speedup_vs_eager: Ratio | None = None
     speedup_vs_best: Ratio | None = None
     """best baseline / candidate, paired by rounds: above 1 is better."""
-    best_exact_baseline: str | None = None
-    """The fastest baseline that passes the check which the candidate has to pass; None where it was not looked for."""
-    speedup_vs_best_exact: Ratio | None = None
     noise: Ratio | None = None
     """The candidate over itself, a second time in each round (A/A)."""
     winner: str | None = None
@@ -138,9 +135,9 @@ class SuiteFigures(Contract):
     share_at_least_1_15: Share | None = None
     """Of all workloads, those that failed included."""
     num_inexact_best: Count = 0
-    """Workloads whose best baseline does not compute what eager computes."""
+    """Workloads whose best baseline gives other values than eager."""
     speedup_vs_best_exact_worst: NonNegative | None = None
-    """Over the best baseline that does; over the best of all where none was checked."""
+    """Over the best baseline that does not, by medians; over the best of all where none was checked."""
     num_exact_below_0_98: Count = 0
     speedup_vs_best_exact_geomean: NonNegative | None = None
     speedup_vs_best_geomean: NonNegative | None = None

@@ -32,6 +32,7 @@ from agnitra_lab.loop import suite_baselines as baselines
 from agnitra_lab.loop.optimization import Optimization
 from agnitra_lab.loop.settings import Settings
 from agnitra_lab.loop.suite_baselines import Contestant
+from agnitra_lab.loop.suite_table import best_exact
 from agnitra_lab.runs import provenance
 from agnitra_lab.workloads.suite import SUITE, suite_workload
 from agnitra_lab.workloads.target import called, resolve, table_facts
@@ -133,37 +134,22 @@ class _Contest:
         self._verify(OURS)
 
     def check_controls(self) -> None:
-        """Check torch.compile's modes against eager: the fastest, others where it does not pass, all if asked for.
+        """Check torch.compile's modes against eager: the fastest, others where its values differ, all if asked for.
 
         TF32 in a convolution that eager computes in fp32 is another contest, and the table is to say so.
         """
         for mode in self._by_speed():
-            if mode == baselines.EAGER:
-                if not self.given.is_controlled:
-                    return
-                continue
-            self._verify(mode)
-            if self._is_exact(mode) and not self.given.is_controlled:
-                return
+            if self.given.is_controlled or not self._is_settled:
+                self._verify(mode)
+
+    @property
+    def _is_settled(self) -> bool:
+        return best_exact(tuple(self._side(name) for name in (baselines.EAGER, *self.given.modes))) is not None
 
     def _by_speed(self) -> list[str]:
-        """Return the baselines that were timed, the fastest first."""
-        timed = [name for name in (baselines.EAGER, *self.given.modes) if name in self.timings.wall_ms]
+        """Return torch.compile's modes that were timed, the fastest first."""
+        timed = [name for name in self.given.modes if name in self.timings.wall_ms]
         return sorted(timed, key=lambda name: median(self.timings.wall_ms[name]))
-
-    def _is_exact(self, name: str) -> bool | None:
-        """Whether a baseline passes the check; None where it was not checked."""
-        if name == baselines.EAGER:
-            return True
-        checked = self._side(name).equivalence
-        return checked.is_equivalent if checked is not None else None
-
-    def _best_exact(self) -> str | None:
-        for name in self._by_speed():
-            is_exact = self._is_exact(name)
-            if is_exact or is_exact is None:
-                return name if is_exact else None
-        return None
 
     def _verify(self, name: str) -> None:
         call = self.sides[name].call
@@ -195,7 +181,6 @@ class _Contest:
         best = min(timed, key=lambda side: side.latency.latency_ms_p50 if side.latency else 0.0).name if timed else None
         p50_ms = ours.latency.latency_ms_p50 if ours.latency else None
         floor_ms = self.facts.get("floor_ms")
-        best_exact = self._best_exact()
         is_done = best is not None and p50_ms is not None
         return SuiteResult(
             **table_facts(given.name, given.scale),
@@ -208,8 +193,6 @@ class _Contest:
             best_baseline=best,
             speedup_vs_eager=self._ratio(baselines.EAGER, OURS),
             speedup_vs_best=self._ratio(best, OURS),
-            best_exact_baseline=best_exact,
-            speedup_vs_best_exact=self._ratio(best_exact, OURS),
             noise=self._ratio(OURS, _OURS_AGAIN),
             num_guard_misses=_guard_misses(self.sides[OURS].call) - self.num_misses_before if p50_ms else None,
             floor_share=floor_ms / p50_ms if floor_ms is not None and p50_ms is not None else None,

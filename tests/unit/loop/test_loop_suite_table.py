@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 
 import pytest
-from suite_results import EPYC, done, failed, file_run, ratio
+from suite_results import EPYC, done, failed, file_run, inexact, side
 
 from agnitra_lab.errors import UsageError
-from agnitra_lab.loop.suite_table import collect, figures, row
+from agnitra_lab.loop.suite_table import best_exact, collect, figures, row
 
 
 def test_the_figures_are_those_of_the_ratios() -> None:
@@ -28,12 +28,20 @@ def test_a_ratio_just_below_is_counted_apart_from_one_that_surely_is() -> None:
     assert (found.num_below_0_98, found.num_surely_below_0_98) == (1, 0)
 
 
-def test_a_best_baseline_that_computes_something_else_counts_and_is_held_apart() -> None:
-    inexact = done("bert", 0.5, best_exact_baseline="eager", speedup_vs_best_exact=ratio(2.0))
-    found = figures([inexact, done("vit", 0.9), done("lstm", 1.2, best_exact_baseline="default")])
+def test_a_best_baseline_of_other_values_counts_and_is_held_apart() -> None:
+    checked = done("lstm", 1.2, baselines=(side("eager", 2.0), side("default", 1.2, is_equivalent=True)))
+    found = figures([inexact("bert"), done("vit", 0.9), checked])
     assert (found.speedup_vs_best_worst, found.num_below_0_98, found.num_inexact_best) == (0.5, 2, 1)
     assert (found.speedup_vs_best_exact_worst, found.num_exact_below_0_98) == (0.9, 1)
     assert found.speedup_vs_best_exact_geomean == pytest.approx((2.0 * 0.9 * 1.2) ** (1 / 3))
+
+
+def test_other_strides_and_an_output_that_the_next_call_overwrites_are_no_other_values() -> None:
+    default = side("default", 0.5, is_equivalent=True)
+    checked = default.equivalence.model_copy(update={"is_equivalent": False, "problems": ("it is overwritten",)})
+    sides = (side("eager", 2.0), default.model_copy(update={"equivalence": checked}))
+    assert best_exact(sides).name == "default"
+    assert best_exact((side("eager", 2.0), side("default", 0.5))) is None
 
 
 def test_what_failed_or_computes_something_else_is_in_no_mean_and_counts_against_the_share() -> None:
