@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from test_rewrites import check_applied, check_refused, fresh_dynamo, x_of
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from written_language import Formula
 
 from agnitra_lab.contracts import Workload
+from agnitra_lab.patch.context import RewriteContext
 from agnitra_lab.patch.install import install
+from agnitra_lab.patch.rewrites import open_layers
 
 __all__ = ["fresh_dynamo"]
 
@@ -83,6 +86,17 @@ def test_an_encoder_layer_becomes_its_steps(norm_first: bool, activation: str) -
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     log = check_applied("open_layers", encoder, X, expected=2)
     assert {found.replacement for found in log.descriptors} == {"the steps of an encoder layer"}
+
+
+@pytest.mark.parametrize(("device", "approximate"), [("cuda", "tanh"), ("cpu", "none")])
+def test_the_gelu_of_an_encoder_layer_is_the_one_that_its_call_computes_on_the_device(device, approximate) -> None:
+    graph = fx.Graph()
+    hidden = graph.placeholder("hidden")
+    with FakeTensorMode():
+        hidden.meta["example_value"] = torch.empty(2, 3, 4, device=device)
+    last = graph.output(hidden)
+    context = RewriteContext(fx.GraphModule(nn.Module(), graph), [], None)
+    assert open_layers._activated(hidden, True, last, context).kwargs == {"approximate": approximate}
 
 
 def test_a_decoder_layer_becomes_its_steps() -> None:

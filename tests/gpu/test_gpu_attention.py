@@ -154,6 +154,18 @@ def test_a_depthwise_convolution_is_as_it_was():
         torch.testing.assert_close(patch.model(x), model(x), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_an_opened_encoder_layer_computes_what_its_one_call_does(activation):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(64, 4, 128, activation=activation, batch_first=True).to("cuda").eval()
+    x = torch.randn(2, 77, 64, device="cuda")
+    patch = install(Workload("encoder", model, (x,)), ["open_layers"], name="candidate")
+    assert [change.action for change in patch.log().descriptors] == ["open_layers"]
+    with torch.no_grad():
+        ours, theirs, exact = patch.model(x), model(x), copy.deepcopy(model).double()(x.double())
+    assert (ours - exact).norm() <= 1.25 * (theirs - exact).norm()
+
+
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize("extra", [[], ["cuda_graph"]], ids=["compiled", "CUDA graph"])
 def test_a_recurrent_layer_is_one_cudnn_call_in_one_graph(cell, extra, recwarn):

@@ -88,12 +88,22 @@ def _open_layer(node: fx.Node, context: RewriteContext) -> PatchDescriptor | Non
     x = x if given["norm_first"] else norm(x, 1)
     hidden = norm(x, 2) if given["norm_first"] else x
     hidden = emit(context, node, torch._C._nn.linear, hidden, given["ffn_weight_1"], given["ffn_bias_1"])
-    hidden = emit(context, node, functional.gelu if given["use_gelu"] else functional.relu, hidden)
+    hidden = _activated(hidden, bool(given["use_gelu"]), node, context)
     hidden = emit(context, node, torch._C._nn.linear, hidden, given["ffn_weight_2"], given["ffn_bias_2"])
     x = emit(context, node, operator.add, hidden, x)
     node.replace_all_uses_with(x if given["norm_first"] else norm(x, 2))
     node.graph.erase_node(node)
     return descriptor
+
+
+def _activated(hidden: fx.Node, is_gelu: bool, node: fx.Node, context: RewriteContext) -> fx.Node:
+    if not is_gelu:
+        return emit(context, node, functional.relu, hidden)
+    # The layer's own call asks the matrix library for its GELU, which on a GPU is the tanh approximation whatever the
+    # module says (pytorch #104061); on a CPU it is by erf.
+    fake = fake_of(hidden)
+    approximate = "tanh" if fake is not None and fake.device.type == "cuda" else "none"
+    return emit(context, node, functional.gelu, hidden, approximate=approximate)
 
 
 # --- nn.MultiheadAttention -------------------------------------------------------------------------------------------
