@@ -49,6 +49,7 @@ _NEAR_MISS_RATIO_OF_FEW = 8.0
 # Rounding of the oracle itself, relative to the output's size.
 _ORACLE_SLACK = 1e-8
 _MIN_LOGITS = 16
+_PRINTS_MARGIN = 0.5
 
 
 @dataclass
@@ -75,10 +76,12 @@ class Verified:
     def agrees_by_prints(self) -> bool:
         """Whether its outputs' fingerprints are the baseline's, so that they show a wrong answer on other inputs too.
 
-        A model that turns roundings into other choices (a router's ties) has none to compare.
+        A model that turns roundings into other choices (a router's ties) has none to compare, nor has one whose few
+        verified outputs only just agree: in TF32 those of a convolutional transformer did, and a third of those that
+        were timed did not.
         """
         return bool(self.candidate_prints) and all(
-            fingerprints_match(found, self.baseline_prints[seed], self.rtols)
+            fingerprints_match(found, self.baseline_prints[seed], self.rtols, within=_PRINTS_MARGIN)
             for seed, found in self.candidate_prints.items()
         )
 

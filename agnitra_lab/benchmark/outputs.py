@@ -116,8 +116,16 @@ def fingerprint(output: Any) -> list[torch.Tensor]:
         return [_fingerprint(leaf) for _, leaf in tensors(output)]
 
 
-def fingerprints_match(timed: list[torch.Tensor], verified: list[torch.Tensor], rtols: list[float]) -> bool:
-    """Say whether a timed output is the verified one, up to the order of floating sums."""
+def fingerprints_match(
+    timed: list[torch.Tensor], verified: list[torch.Tensor], rtols: list[float], within: float = 1.0
+) -> bool:
+    """Say whether a timed output is the verified one, up to the order of floating sums.
+
+    Args:
+        timed, verified: fingerprints of both.
+        rtols: relative tolerance of each leaf.
+        within: share of the usual tolerance that the difference may be.
+    """
     if len(timed) != len(verified):
         return False
     for have, want, rtol in zip(timed, verified, rtols, strict=True):
@@ -128,7 +136,7 @@ def fingerprints_match(timed: list[torch.Tensor], verified: list[torch.Tensor], 
         # Sums over n elements may move by rtol of the sum of magnitudes; single elements as in the check.
         scale = torch.cat([want[1:2].abs().expand(3), want[3:].abs() + want[1].abs() / max(size, 1.0)])
         scale = torch.where(torch.isfinite(scale), scale, 0.0)
-        is_near = (have - want).abs() <= _FINGERPRINT_TOLERANCES * rtol * scale
+        is_near = (have - want).abs() <= within * _FINGERPRINT_TOLERANCES * rtol * scale
         is_same = (have == want) | (have.isnan() & want.isnan())
         if not bool((is_near | is_same).all()):
             return False

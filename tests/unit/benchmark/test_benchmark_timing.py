@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from agnitra_lab.benchmark import timing
+from agnitra_lab.benchmark.equivalence import verify
 from agnitra_lab.benchmark.outputs import fingerprint, fingerprints_match
 from agnitra_lab.benchmark.timing import is_plain, measure_kernel, sample_kernel, time_group, time_pair
-from agnitra_lab.contracts.workload import Inputs
+from agnitra_lab.contracts.workload import Inputs, Workload
 from agnitra_lab.device.exclusive import DeviceTurn, take_turns
 
 
@@ -226,6 +227,16 @@ def test_a_fingerprint_differs_from_that_of_zeros_and_of_a_flipped_output(name: 
 def test_a_fingerprint_forgives_reordered_sums() -> None:
     output = OUTPUTS["float32"]
     assert fingerprints_match(fingerprint(output * (1 + 1e-6)), fingerprint(output), [1e-4])
+
+
+def test_outputs_that_only_just_agree_show_nothing_of_fresh_inputs() -> None:
+    model = torch.nn.Linear(8, 8)
+    workload = Workload("linear", model, (torch.randn(16, 8),))
+    for scale, agrees in ((1.0, True), (1 + 2e-4, True), (1 + 8e-4, False)):
+        found = verify(workload, lambda x, scale=scale: model(x) * scale)
+        assert found.agrees_by_prints == agrees
+        for seed, prints in found.candidate_prints.items():
+            assert fingerprints_match(prints, found.baseline_prints[seed], found.rtols)
 
 
 @pytest.mark.parametrize(("is_brief", "least", "most"), [(True, 20, 24), (False, 100, 104)])
