@@ -26,7 +26,7 @@ _MIN_WARM_CALLS, _WARM_SHARE = 2, 0.15
 _MAX_OVERRUN, _MIN_OVERRUN_S = 3.0, 20.0
 _MAX_DEVICE_SPANS, _DEVICE_SHARE = 15, 0.15
 _SPIN_CYCLES_PER_S, _MAX_SPIN_S = 2e9, 0.05
-_BRIEF_PAIRS, _PAIRS, _PLAIN_RATIO, _PLAIN_ERROR = 20, 100, 1.5, 0.005
+_BRIEF_PAIRS, _PAIRS, _PLAIN_RATIO, _PLAIN_ERROR = 20, 50, 1.5, 0.005
 _KERNEL_SAMPLES, _KERNEL_BUDGET_S, _MIN_KERNEL_SAMPLES = 20, 0.1, 5
 
 # Bound at import: a candidate that replaces the clock or the wait later changes nothing here.
@@ -88,7 +88,7 @@ def time_pair(
         min_pairs: pairs to take at least, as `min_rounds` there.
         max_pairs: pairs to take at most.
         is_brief: end where more pairs would change no decision, as `is_plain` says, after 20 of them or more; without
-            it after 100, which have a tail to report.
+            it after 50, which have a tail to report.
     """
     sides: dict[str, Callable[..., Any]] = {"baseline": baseline, "candidate": candidate}
     timed = time_group(
