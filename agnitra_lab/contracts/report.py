@@ -7,7 +7,7 @@ from typing import Literal
 from agnitra_lab.contracts.base import Contract, Count, NonNegative, Positive
 from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
-from agnitra_lab.contracts.patch import PatchLog
+from agnitra_lab.contracts.patch import PatchLog, Refusal
 from agnitra_lab.contracts.search import SearchResult
 from agnitra_lab.contracts.suggestion import Proposal
 from agnitra_lab.contracts.telemetry import TelemetryRecord
@@ -86,6 +86,8 @@ class Report(Contract):
     proposal: Proposal
     searches: tuple[SearchResult, ...] = ()
     patch: PatchLog | None = None
+    refusals: tuple[Refusal, ...] = ()
+    """What all changes together left as it was, and why, where no candidate of ours was kept; a patch has its own."""
     usage: UsageEvent
     notes: AgentNotes
     checkpoints: tuple[Checkpoint, ...]

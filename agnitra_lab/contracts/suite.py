@@ -9,6 +9,7 @@ from typing import Literal
 from agnitra_lab.contracts.base import Contract, Count, NonNegative, Share
 from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.measurement import CandidateResult, Equivalence, Latency, Ratio
+from agnitra_lab.contracts.patch import Refusal
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ class SuiteResult(Contract):
     """Action -> changes that it made in the kept candidate."""
     candidates: tuple[CandidateResult, ...] = ()
     """Every candidate of the optimisation with its verdict, without its own comparison."""
+    refusals: tuple[Refusal, ...] = ()
+    """What the kept candidate, or all changes together where none of ours was kept, left as it was, and why."""
     num_guard_misses: Count | None = None
     """Calls of the check and of the timed loop in which the drop-in ran the original."""
     floor_ms: NonNegative | None = None

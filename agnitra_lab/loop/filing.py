@@ -12,7 +12,7 @@ from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.graph import WorkloadProfile
 from agnitra_lab.contracts.kernel import Kernel, Site
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
-from agnitra_lab.contracts.patch import PatchLog
+from agnitra_lab.contracts.patch import PatchLog, Refusal
 from agnitra_lab.contracts.report import AgentNotes, Checkpoint, Payback, Region, Report
 from agnitra_lab.contracts.run import Budget, Kind, Meta
 from agnitra_lab.contracts.search import SearchResult
@@ -98,6 +98,7 @@ def build_report(
     proposal: Proposal,
     searches: Sequence[SearchResult],
     log: PatchLog | None,
+    refusals: Sequence[Refusal],
     checkpoints: Sequence[Checkpoint],
     against_best: Comparison | None,
     regions: Sequence[Region] = (),
@@ -118,6 +119,7 @@ def build_report(
         proposal=proposal,
         searches=tuple(searches),
         patch=log,
+        refusals=tuple(refusals),
         usage=_usage(run_id, workload, settings, device, winner, comparison),
         notes=_notes(settings, proposal, searches, log),
         checkpoints=tuple(checkpoints),

@@ -18,6 +18,7 @@ from agnitra_lab.contracts.events import Event, EventName
 from agnitra_lab.contracts.graph import WorkloadProfile, WorkloadType
 from agnitra_lab.contracts.kernel import Kernel, KernelSource, Site
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
+from agnitra_lab.contracts.patch import Refusal
 from agnitra_lab.contracts.report import Checkpoint, Region, StageName
 from agnitra_lab.contracts.run import Kind, Meta
 from agnitra_lab.contracts.search import KernelConfig, SearchResult, Trial
@@ -277,6 +278,7 @@ class Optimization:
             proposal=self.proposal,
             searches=self.searches,
             log=winner.log() if winner else None,
+            refusals=self._refusals(),
             checkpoints=self.checkpoints,
             against_best=self.against_best,
             regions=explained,
@@ -292,6 +294,13 @@ class Optimization:
         self.earlier.keep(self.run.run_id, self.surveyed, self.tried, self.results, kept)
         self.patches.clear()
         return Result(finished, self.run, self.telemetry, self.workload, winner)
+
+    def _refusals(self) -> tuple[Refusal, ...]:
+        """Return what all changes together left as it was, where no candidate of ours is kept to say so itself."""
+        ours = {name: patch for name, patch in self.patches.items() if name.startswith("agnitra")}
+        if not ours or self.winner_name in ours:
+            return ()
+        return ours.get("agnitra", next(iter(ours.values()))).log().refusals
 
     def close(self) -> None:
         """End what runs beside the loop."""

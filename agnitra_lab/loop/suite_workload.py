@@ -124,6 +124,7 @@ class _Contest:
             "winner": report.winner,
             "actions": dict(sorted(Counter(change.action for change in changes).items())),
             "candidates": tuple(row.model_copy(update={"comparison": None}) for row in report.candidates),
+            "refusals": (*(report.patch.refusals if report.patch else ()), *report.refusals),
             "floor_ms": report.comparison.floor_ms,
         }
         self.num_misses_before = _guard_misses(result.model)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agnitra_lab.contracts.base import Contract
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Equivalence, Verdict
+from agnitra_lab.contracts.patch import Refusal
 from agnitra_lab.contracts.report import Report
 from agnitra_lab.report import numbers
 from agnitra_lab.report.assemble import USUAL_SHARE
@@ -20,6 +22,7 @@ VERDICT_WORDS = {
     "slower": "Slower",
     "not_equivalent": "Not equivalent",
 }
+_PATCH_COLUMNS, _PATCH_WIDTHS = ("Name", "Node", "Module", "Change"), (29, 15, 23, 33)
 _HEAD_TO_HEAD_WORDS = {
     "faster": "faster",
     "no_change": "no difference beyond the noise",
@@ -169,7 +172,9 @@ def patch_table(report: Report) -> Table:
     """What was replaced at which node; what was refused, and why."""
     patch = report.patch
     if patch is None:
-        return Table("Patch", ("Name", "Node", "Module", "Change"), (), note="No patch was built.")
+        rows = _refused(report.refusals)
+        note = "No patch was kept" + ("; this is what all changes together left as it was." if rows else ".")
+        return Table("Patch", _PATCH_COLUMNS, rows, note=note, widths=_PATCH_WIDTHS)
     replaced = tuple(
         (
             item.name,
@@ -179,7 +184,7 @@ def patch_table(report: Report) -> Table:
         )
         for item in patch.descriptors[:MAX_DESCRIPTORS]
     )
-    refused = tuple((item.action, "", "", f"refused: {item.reason}") for item in patch.refusals)
+    refused = _refused((*patch.refusals, *report.refusals))
     notes = ["The other descriptors are in the JSON."] if len(patch.descriptors) > MAX_DESCRIPTORS else []
     if patch.rollback is not None:
         proof = "restores the original, bit for bit" if patch.rollback.is_restored else "did NOT restore the original"
@@ -187,12 +192,13 @@ def patch_table(report: Report) -> Table:
     if not replaced and not refused:
         notes.insert(0, "Nothing in the graph was replaced.")
     return Table(
-        f"Patch of {patch.candidate}",
-        ("Name", "Node", "Module", "Change"),
-        replaced + refused,
-        note=" ".join(notes) or None,
-        widths=(29, 15, 23, 33),
-    )
+        f"Patch of {patch.candidate}", _PATCH_COLUMNS, replaced + refused, note=" ".join(notes) or None,
+        widths=_PATCH_WIDTHS,
+    )  # fmt: skip
+
+
+def _refused(refusals: Sequence[Refusal]) -> tuple[tuple[str, str, str, str], ...]:
+    return tuple((item.action, "", "", f"refused: {item.reason}") for item in refusals)
 
 
 def region_tables(report: Report) -> tuple[Table, ...]:

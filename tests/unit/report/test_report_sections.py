@@ -5,6 +5,7 @@ from decimal import Decimal
 import pytest
 from report_factory import make_comparison, make_report
 
+from agnitra_lab.contracts.patch import Refusal
 from agnitra_lab.contracts.report import Payback
 from agnitra_lab.report import sections
 from agnitra_lab.report.card import card_html, card_text
@@ -122,6 +123,16 @@ def test_the_columns_of_every_table_fill_the_row(any_report):
         if table.rows:
             assert len(table.widths) == len(table.columns)
             assert sum(table.widths) == 100
+
+
+@pytest.mark.parametrize("render", [card_html, to_markdown, page_without_plotly])
+def test_a_report_without_a_patch_of_ours_says_what_was_left_as_it_was_and_why(render):
+    report = make_report("cpu", "no_change").model_copy(
+        update={"patch": None, "refusals": (Refusal(action="split_gemm", reason="TF32 is allowed here"),)}
+    )
+    text = without_json(render(report))
+    assert "refused: TF32 is allowed here" in text
+    assert "No patch was kept; this is what all changes together left as it was." in text
 
 
 def test_a_long_name_is_cut_to_its_column_on_the_card_and_whole_in_the_text():
