@@ -105,10 +105,19 @@ class LayoutTimes:
         """Return the times of each, without those that have none."""
         return {node: found for node in nodes if (found := self.of(node)) is not None}
 
-    def together(self, measured: Mapping[fx.Node, tuple[float, float]], rank: int) -> tuple[float, float]:
-        """Return the times in ms of all in one layout and in the other, with the copies that this one costs."""
+    def together(
+        self, measured: Mapping[fx.Node, tuple[float, float]], rank: int, *, is_least: bool = False
+    ) -> tuple[float, float]:
+        """Return the times in ms of all in one layout and in the other, with the copies that this one costs.
+
+        Args:
+            measured: the times of each.
+            rank: of their inputs.
+            is_least: count only copies that no compiler spares: what a pointwise op gives may leave the graph in the
+                layout that it must have.
+        """
         before = sum(first for first, _ in measured.values())
-        return before, sum(last for _, last in measured.values()) + self._border_ms(measured.keys(), rank)
+        return before, sum(last for _, last in measured.values()) + self._border_ms(measured.keys(), rank, is_least)
 
     def conversion_ms(self, fake: Tensor) -> float:
         """Return the time of a copy from one layout to the other."""
@@ -121,13 +130,14 @@ class LayoutTimes:
         known = self._known[key]
         return known[0] if known is not None else 0.0
 
-    def _border_ms(self, nodes: Collection[fx.Node], rank: int) -> float:
+    def _border_ms(self, nodes: Collection[fx.Node], rank: int, is_least: bool) -> float:
         """Return the time of the copies into the layout and out of it, at kernels of ours that want their own too."""
         reached: set[fx.Node] = set()
         total = 0.0
         for node in next(iter(nodes)).graph.nodes:
             if node.op == "output":
-                fakes = [fake_of(source) for source in node.all_input_nodes if source in reached]
+                left = [source for source in node.all_input_nodes if source in reached]
+                fakes = [fake_of(source) for source in left if not (is_least and is_pointwise(source))]
                 return total + sum(
                     self.conversion_ms(fake) for fake in fakes if fake is not None and fake.dim() == rank
                 )

@@ -127,7 +127,7 @@ def _slower_together(graph: fx.Graph, times: LayoutTimes) -> Collection[fx.Node]
     measured = times.of_all(node for node in others if _is_on_cuda(node))
     if not measured:
         return ()
-    first, last = times.together(measured, 4)
+    first, last = times.together(measured, 4, is_least=True)
     return measured.keys() if last / first > _LEAST_GAIN else ()
 
 

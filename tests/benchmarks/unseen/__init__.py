@@ -13,6 +13,6 @@ tiny and in fp32 on a CPU (`sizes.py` decides). They run by the same command as 
     agnitra suite run $(python tests/benchmarks/unseen/targets.py language)
     agnitra suite run $(python tests/benchmarks/unseen/targets.py)
 
-Layers, chains and networks are of the kinds of KernelBench (Ouyang et al. 2025), levels 1 to 3; all are written in plain
-torch from the papers that their docstrings name.
+Layers, chains and networks are of the kinds of KernelBench (Ouyang et al. 2025), levels 1 to 3; all are written in
+plain torch from the papers that their docstrings name.
 """
