@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from agnitra_lab.contracts.measurement import CandidateResult, Comparison, Latency, Ratio
+from agnitra_lab.contracts.measurement import MAX_ERROR_RATIO, CandidateResult, Comparison, Latency, Ratio
 from agnitra_lab.errors import AgnitraError
 
 # Two first measurements share no moment in time: what clocks drift in between is left as a margin.
@@ -164,6 +164,14 @@ def is_undecided(result: CandidateResult) -> bool:
     """Say whether a candidate may be faster, and the noise was too large to tell."""
     compared = result.comparison
     return compared is not None and compared.verdict == "no_change" and compared.speedup.median > _WORTH_A_LOOK
+
+
+def is_inexact(result: CandidateResult) -> bool:
+    """Say whether a candidate does what the baseline does, with too large an error."""
+    checked = result.comparison.equivalence if result.comparison else None
+    if checked is None or checked.is_equivalent or not checked.are_inputs_unchanged:
+        return False
+    return checked.error_ratio is not None and checked.error_ratio > MAX_ERROR_RATIO
 
 
 def speedup_of(result: CandidateResult) -> float:

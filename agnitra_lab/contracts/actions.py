@@ -204,6 +204,11 @@ ACTIONS: dict[str, Action] = {
             needs_cuda=True,
             summary="launch independent small kernels together, as Inductor's combo kernels",
         ),
+        Action(
+            name="as_laid_out",
+            kind="options",
+            summary="leave convolutions in the layout that eager has, where another one costs digits",
+        ),
         Action(name="max_autotune", kind="options", summary="let Inductor benchmark its GEMM and convolution choices"),
     )
 }

@@ -70,6 +70,14 @@ class Plan:
             rows.append(Candidate("agnitra:freezing", "default", (*self._changes, *self._base, "freezing")))
         return self._allowed(rows)
 
+    def as_laid_out(self, candidate: Candidate) -> list[Candidate]:
+        """List a candidate whose error alone stands against it once more, with convolutions in eager's layout."""
+        if "as_laid_out" not in self._possible:
+            return []
+        kept = tuple(name for name in candidate.actions if name not in ("channels_last", "freezing"))
+        name = "agnitra:as-laid-out" if candidate.changes else "torch.compile:as-laid-out"
+        return self._allowed([Candidate(name, "default", (*kept, "as_laid_out"))])
+
     def second(self, best: Candidate | None, num_graphs: int) -> list[Candidate]:
         """List what costs more, on top of the best of the opening round.
 
@@ -118,8 +126,9 @@ class Plan:
 
     def names(self) -> list[str]:
         """Return every name that a plan on this device could hold."""
-        ours = Candidate("agnitra", "default", self._changes)
+        ours, plain = Candidate("agnitra", "default", self._changes), Candidate("torch.compile", "default")
         rows = [*self.first(), *self.second(None, 2), *self.second(ours, 2)]
+        rows += [*self.as_laid_out(ours), *self.as_laid_out(plain)]
         return list(dict.fromkeys(row.name for row in rows))
 
     def _allowed(self, rows: list[Candidate]) -> list[Candidate]:

@@ -19,6 +19,8 @@ OPTION_ACTIONS: dict[str, dict[str, Any]] = {
     "cuda_graph": {"triton.cudagraphs": False},
     # Independent small kernels side by side in one launch: Inductor fuses along data alone by default.
     "combo_kernels": {"combo_kernels": True},
+    # On a CPU Inductor turns all convolutions, whose sums then come in another order.
+    "as_laid_out": {"layout_optimization": False},
     "max_autotune": {"max_autotune": True, "coordinate_descent_tuning": True},
 }
 """What each action of kind "options" adds to the Inductor options."""

@@ -202,6 +202,41 @@ def test_combo_kernels_compete_on_top_of_the_best_and_only_where_they_were_asked
         assert not [name for name in other.names() if "combo" in name]
 
 
+@pytest.mark.parametrize(
+    ("actions", "error_ratio", "expected"),
+    [
+        (("qkv_concat", "channels_last", "as_laid_out"), 1.4, "agnitra:as-laid-out"),
+        (("as_laid_out",), 1.4, "torch.compile:as-laid-out"),
+        (("qkv_concat", "as_laid_out"), 1.1, None),
+        (("qkv_concat",), 1.4, None),
+    ],
+    ids=["ours", "plain", "not for its error", "no convolutions"],
+)
+def test_what_is_compiled_is_tried_in_eagers_layout_where_its_error_alone_stands_against_it(
+    actions, error_ratio, expected
+):
+    built = {}
+
+    def build(candidate):
+        built[candidate.name] = candidate
+        return Built(candidate.name, found=())
+
+    def screen(name, patch):
+        if name.endswith("as-laid-out"):
+            return result_of(name, 5.0)
+        result = result_of(name, 5.0, "not_equivalent")
+        checked = result.comparison.equivalence.model_copy(update={"is_equivalent": False, "error_ratio": error_ratio})
+        return result.model_copy(update={"comparison": result.comparison.model_copy(update={"equivalence": checked})})
+
+    chooser = Chooser(Plan(actions, "cpu"), build, screen, budget_s=60.0)
+    chooser.run()
+    assert chooser.best == expected
+    if expected is not None:
+        assert "as_laid_out" in built[expected].actions
+        assert "channels_last" not in built[expected].actions
+        assert expected in Plan(actions, "cpu").names()
+
+
 @pytest.mark.parametrize(("found", "is_tried"), [(("rms_norm",), False), (("qkv_concat",), True)])
 def test_plain_torch_compile_is_expected_to_take_longer_after_a_graph_with_kernels_of_ours(
     monkeypatch, found, is_tried
