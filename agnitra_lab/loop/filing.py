@@ -84,6 +84,14 @@ def file_certificate(run: Run, comparison: Comparison, winner: Patch | None) -> 
         raise RollbackError(f"{winner.name} changed the original model: {proof.detail}.")
 
 
+def refusals_of(patches: Mapping[str, Patch], winner: str) -> tuple[Refusal, ...]:
+    """Return what all changes together left as it was, where no candidate of ours is kept to say so itself."""
+    ours = {name: patch for name, patch in patches.items() if name.startswith("agnitra")}
+    if not ours or winner in ours:
+        return ()
+    return ours.get("agnitra", next(iter(ours.values()))).log().refusals
+
+
 def build_report(
     *,
     run_id: str,

@@ -18,7 +18,6 @@ from agnitra_lab.contracts.events import Event, EventName
 from agnitra_lab.contracts.graph import WorkloadProfile, WorkloadType
 from agnitra_lab.contracts.kernel import Kernel, KernelSource, Site
 from agnitra_lab.contracts.measurement import CandidateResult, Comparison
-from agnitra_lab.contracts.patch import Refusal
 from agnitra_lab.contracts.report import Checkpoint, Region, StageName
 from agnitra_lab.contracts.run import Kind, Meta
 from agnitra_lab.contracts.search import KernelConfig, SearchResult, Trial
@@ -238,8 +237,8 @@ class Optimization:
             filing.file_searches(self.run, late.found_late, late.ledgers)
             filing.file_kernels(self.run, self.kernels.kernels)
         filing.file_patches(self.run, self.patches)
-        ours = [patch.log() for name, patch in self.patches.items() if name.startswith("agnitra")]
-        changes = f"{max((len(log.descriptors) for log in ours), default=0)} graph changes"
+        counts = [len(patch.log().descriptors) for name, patch in self.patches.items() if name.startswith("agnitra")]
+        changes = f"{max(counts, default=0)} graph changes"
         num_built = sum(result.status in ("kept", "rejected") for result in self.results)
         self._checkpoint("patch", f"{num_built} candidate{'s' * (num_built != 1)} compiled, {changes}", started)
         return self.patches
@@ -278,7 +277,7 @@ class Optimization:
             proposal=self.proposal,
             searches=self.searches,
             log=winner.log() if winner else None,
-            refusals=self._refusals(),
+            refusals=filing.refusals_of(self.patches, self.winner_name),
             checkpoints=self.checkpoints,
             against_best=self.against_best,
             regions=explained,
@@ -294,13 +293,6 @@ class Optimization:
         self.earlier.keep(self.run.run_id, self.surveyed, self.tried, self.results, kept)
         self.patches.clear()
         return Result(finished, self.run, self.telemetry, self.workload, winner)
-
-    def _refusals(self) -> tuple[Refusal, ...]:
-        """Return what all changes together left as it was, where no candidate of ours is kept to say so itself."""
-        ours = {name: patch for name, patch in self.patches.items() if name.startswith("agnitra")}
-        if not ours or self.winner_name in ours:
-            return ()
-        return ours.get("agnitra", next(iter(ours.values()))).log().refusals
 
     def close(self) -> None:
         """End what runs beside the loop."""
@@ -505,5 +497,4 @@ class Optimization:
 
     def _dtype(self) -> torch.dtype:
         parameters = getattr(self.workload.model, "parameters", None)
-        tensors = [t for t in (parameters() if parameters else ()) if t.is_floating_point()]
-        return tensors[0].dtype if tensors else torch.float32
+        return next((t.dtype for t in (parameters() if parameters else ()) if t.is_floating_point()), torch.float32)
