@@ -123,8 +123,8 @@ def _notes(result: SuiteResult) -> list[str]:
         notes.append(f"not equivalent: {'; '.join(checked.problems)}")
     notes += [
         f"{side.name} is not equivalent: {'; '.join(side.equivalence.problems)}"
-        for side in result.baselines
-        if side.equivalence is not None and not side.equivalence.is_equivalent and _flaw(result)
+        for side in (result.baselines if _flaw(result) else ())
+        if side.equivalence is not None and not side.equivalence.is_equivalent
     ]
     if result.num_guard_misses:
         notes.append(f"the drop-in ran the original in {result.num_guard_misses} calls")

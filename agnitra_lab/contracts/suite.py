@@ -11,6 +11,9 @@ from agnitra_lab.contracts.device import DeviceInfo
 from agnitra_lab.contracts.measurement import CandidateResult, Equivalence, Latency, Ratio
 from agnitra_lab.contracts.patch import Refusal
 
+EAGER = "eager"
+"""Name of the side that is the model as it was."""
+
 
 @dataclass(frozen=True)
 class SuiteAssignment:

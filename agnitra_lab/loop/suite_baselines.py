@@ -15,11 +15,11 @@ import torch
 
 from agnitra_lab.benchmark.inputs import redraw, shifted_copy
 from agnitra_lab.benchmark.state import ModuleState
+from agnitra_lab.contracts.suite import EAGER
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device.exclusive import exclusive, waited_s
 from agnitra_lab.device.info import synchronize
 
-EAGER = "eager"
 MODES = {"cuda": ("default", "reduce-overhead", "max-autotune"), "cpu": ("default",)}
 """Modes by device. On a CPU reduce-overhead is the default under another name."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from agnitra_lab.contracts.measurement import MAX_ERROR_RATIO, Equivalence, Ratio
 from agnitra_lab.contracts.run import Manifest
-from agnitra_lab.contracts.suite import SuiteFigures, SuiteResult, SuiteSide
+from agnitra_lab.contracts.suite import EAGER, SuiteFigures, SuiteResult, SuiteSide
 from agnitra_lab.errors import AgnitraError, UsageError
 from agnitra_lab.runs import layout
 from agnitra_lab.runs.read import load_manifest
@@ -18,7 +18,6 @@ from agnitra_lab.runs.store import describe_file
 from agnitra_lab.workloads.suite import SUITE
 
 TOPIC = "suite"
-EAGER = "eager"
 RESULTS_FOLDER = "workloads"
 SLOWER, WORTH_IT, MOST_OF_ALGEBRA = 0.98, 1.15, 10.0
 """Below the first the optimiser made it slower; from the second on it is worth a change; algebra counts up to the

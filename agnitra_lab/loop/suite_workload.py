@@ -23,7 +23,7 @@ from agnitra_lab.benchmark.reference import Reference
 from agnitra_lab.benchmark.state import ModuleState, module_of
 from agnitra_lab.benchmark.timing import GroupTimings, time_group
 from agnitra_lab.contracts.measurement import Ratio
-from agnitra_lab.contracts.suite import SuiteAssignment, SuiteResult, SuiteSide
+from agnitra_lab.contracts.suite import EAGER, SuiteAssignment, SuiteResult, SuiteSide
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device import info
 from agnitra_lab.device.exclusive import take_turns, waited_s
@@ -87,11 +87,11 @@ class _Contest:
         self.num_misses_before = 0
 
     def compile_baselines(self) -> None:
-        for mode in (baselines.EAGER, *self.given.modes):
+        for mode in (EAGER, *self.given.modes):
             with baselines.cold_caches(self._cache(mode)):
                 side = baselines.compile_baseline(self.workload, mode, self.state, self.device)
                 self.sides[mode] = baselines.settle(self.workload, side, self.state, self.device)
-            if mode == baselines.EAGER and self.sides[mode].call is None:
+            if mode == EAGER and self.sides[mode].call is None:
                 raise AgnitraError(f"{self.workload.name} does not run: {self.sides[mode].error}.")
             baselines.release_memory()
 
@@ -145,7 +145,7 @@ class _Contest:
 
     @property
     def _is_settled(self) -> bool:
-        return best_exact(tuple(self._side(name) for name in (baselines.EAGER, *self.given.modes))) is not None
+        return best_exact(tuple(self._side(name) for name in (EAGER, *self.given.modes))) is not None
 
     def _by_speed(self) -> list[str]:
         """Return torch.compile's modes that were timed, the fastest first."""
@@ -192,7 +192,7 @@ class _Contest:
             baselines=rivals,
             candidate=ours,
             best_baseline=best,
-            speedup_vs_eager=self._ratio(baselines.EAGER, OURS),
+            speedup_vs_eager=self._ratio(EAGER, OURS),
             speedup_vs_best=self._ratio(best, OURS),
             noise=self._ratio(OURS, _OURS_AGAIN),
             num_guard_misses=_guard_misses(self.sides[OURS].call) - self.num_misses_before if p50_ms else None,
@@ -217,7 +217,7 @@ class _Contest:
         equivalence, error = None, side.error
         if checked is not None:
             mine = (name, _OURS_AGAIN) if name == OURS else (name,)
-            problems = timed_problems(checked, self.timings.prints, self.inputs, mine, baselines.EAGER)
+            problems = timed_problems(checked, self.timings.prints, self.inputs, mine, EAGER)
             equivalence = with_problems(checked.equivalence, problems)
             error = error if checked.is_runnable else "; ".join(equivalence.problems)
         wall_ms = self.timings.wall_ms.get(name)

@@ -60,21 +60,21 @@ def test_a_faster_baseline_that_computes_something_else_is_marked_and_held_apart
         """import torch
 
 
-class Coarse(torch.nn.Module):
+class Hasty(torch.nn.Module):
     def forward(self, x):
-        for _ in range(20):
+        for _ in range(1 if torch.compiler.is_compiling() else 200):
             x = torch.sin(x) * 1.5 + 0.1
-        return x * 1.01 if torch.compiler.is_compiling() else x
+        return x
 
 
-def coarse():
-    return Coarse(), (torch.randn(512, 512),)
+def hasty():
+    return Hasty(), (torch.randn(512, 512),)
 """
     )
     done = run_suite(
         SuiteSettings(
-            names=(f"{tmp_path / 'mine.py'}:coarse",), device="cpu", modes=("default",), budget_s=1.0, timing_s=0.5,
-            artifacts=tmp_path / "artifacts", command="agnitra suite run mine.py:coarse",
+            names=(f"{tmp_path / 'mine.py'}:hasty",), device="cpu", modes=("default",), budget_s=1.0, timing_s=0.5,
+            artifacts=tmp_path / "artifacts", command="agnitra suite run mine.py:hasty",
         )
     )  # fmt: skip
     result = done.filed[0].result

@@ -26,6 +26,7 @@ from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.patch.context import RewriteContext, infer
 from agnitra_lab.patch.convolutions import LayoutTimes, find_convolutions, is_channels_last, layout_times
 from agnitra_lab.patch.layouts import restrided
+from agnitra_lab.patch.measured import LEAST_GAIN
 from agnitra_lab.patch.opaque import RECURRENT
 from agnitra_lab.patch.ops import argument, fake_of, op_name
 
@@ -33,7 +34,6 @@ ACTION = "keep_eager"
 DYNAMO_OPTIONS = {"allow_rnn": True}
 """What Dynamo must be told for recurrent layers to reach this rewrite."""
 
-_LEAST_GAIN = 1.03
 _NAMES = ("stride", "padding", "dilation", "groups")
 _TRANSPOSED_NAMES = ("stride", "padding", "output_padding", "groups", "dilation")
 
@@ -49,8 +49,9 @@ def apply(
     layers = [node for node in graph_module.graph.nodes if op_name(node) in RECURRENT]
     descriptors = [found for node in layers if (found := _keep_recurrent(node, context)) is not None]
     times = layout_times(graph_module.graph)
-    together = _slower_together(graph_module.graph, times)
-    convolutions = [node for node in find_convolutions(graph_module.graph) if _is_suspect(node, times, together)]
+    turnable = [node for node in find_convolutions(graph_module.graph) if _is_turnable(node)]
+    together = _slower_together(turnable, times)
+    convolutions = [node for node in turnable if _is_suspect(node, times, together)]
     descriptors += [
         found for node in convolutions if (found := _keep_convolution(node, times, together, context)) is not None
     ]
@@ -103,8 +104,6 @@ def _as_tuple(*values: Any) -> tuple[Any, ...]:
 
 
 def _is_suspect(node: fx.Node, times: LayoutTimes, together: Collection[fx.Node]) -> bool:
-    if not _is_turnable(node):
-        return False
     return node in together or _is_awkward(node) or (_is_on_cuda(node) and times.loses_digits(node))
 
 
@@ -121,14 +120,13 @@ def _is_awkward(node: fx.Node) -> bool:
     return is_depthwise or op_name(node) == "conv_transpose2d"
 
 
-def _slower_together(graph: fx.Graph, times: LayoutTimes) -> Collection[fx.Node]:
-    """Return the other convolutions of a graph where all of them, with the copies at the borders, are slower turned."""
-    others = [node for node in find_convolutions(graph) if _is_turnable(node) and not _is_awkward(node)]
-    measured = times.of_all(node for node in others if _is_on_cuda(node))
+def _slower_together(turnable: Collection[fx.Node], times: LayoutTimes) -> Collection[fx.Node]:
+    """Return those of no such kind where all of them, with the copies at the borders, are slower turned."""
+    measured = times.of_all(node for node in turnable if _is_on_cuda(node) and not _is_awkward(node))
     if not measured:
         return ()
     first, last = times.together(measured, 4, is_least=True)
-    return measured.keys() if last / first > _LEAST_GAIN else ()
+    return measured.keys() if last / first > LEAST_GAIN else ()
 
 
 def _is_on_cuda(node: fx.Node) -> bool:
@@ -155,7 +153,7 @@ def _keep_convolution(
     config: dict[str, JsonValue]
     if times.loses_digits(node):
         config = {"is_tf32_with_channels_last": True}
-    elif measured is not None and (node in together or measured[1] / measured[0] > _LEAST_GAIN):
+    elif measured is not None and (node in together or measured[1] / measured[0] > LEAST_GAIN):
         config = {"channels_first_ms": round(measured[0], 6), "channels_last_ms": round(measured[1], 6)}
     else:
         context.refuse(ACTION, "a convolution is no slower with the channels innermost")
