@@ -30,7 +30,6 @@ from agnitra_lab.contracts.kernel import Launch, Site, TensorLayout
 from agnitra_lab.contracts.measurement import CandidateResult
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import AgnitraError
-from agnitra_lab.generate.tuned import default_folder
 from agnitra_lab.graph.compiled import CompiledGraph
 from agnitra_lab.loop.identity import identity_of
 from agnitra_lab.loop.settings import Settings
@@ -110,7 +109,7 @@ class Earlier:
         self._workload = workload
         self._is_partial = settings.only is not None or settings.accept is not None
         self._identity = _identity(workload, device) if is_kept_on(device) else None
-        folder = (settings.tuned_folder or default_folder()) / "runs"
+        folder = settings.memory / "runs"
         self._path = folder / f"{self._identity}.json" if self._identity is not None else None
         self._record = self._read() if settings.is_warm else None
         self._graphs: dict[str, str] = {}

@@ -18,7 +18,7 @@ from agnitra_lab.contracts.suggestion import Suggestion
 from agnitra_lab.errors import LedgerError, SearchError
 from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
-from agnitra_lab.generate.tuned import TunedConfigs, default_folder, kernel_sha256
+from agnitra_lab.generate.tuned import TunedConfigs, kernel_sha256
 from agnitra_lab.loop.advice import Advice, Place, replayed
 from agnitra_lab.loop.chooser import clock_s
 from agnitra_lab.loop.kernel_lab import KernelLab
@@ -80,8 +80,7 @@ class Refinement:
         self._versions = versions_of(device_info)
         self._known: TunedConfigs | None = None
         if self._is_measured:
-            folder = settings.tuned_folder or default_folder()
-            self._known = TunedConfigs(folder, device_info.name, self._versions)
+            self._known = TunedConfigs(settings.memory, device_info.name, self._versions)
 
     def run(self, sites: Sequence[Site], apart: Collection[Site] = frozenset()) -> tuple[list[SearchResult], list[str]]:
         """Take or find the config of each site.
@@ -233,7 +232,7 @@ class Refinement:
             # One config is its seed, whatever siblings say.
             known = Knowledge(seeds=seeds) if num_trials == 1 else knowledge_of(site.template, seeds=seeds)
             key = LedgerKey(self._device_name, kernel_sha256(site.template), self._versions)
-            path = (self._settings.tuned_folder or default_folder()) / "ledgers" / f"{_file_stem(site, key)}.jsonl"
+            path = self._settings.memory / "ledgers" / f"{_file_stem(site, key)}.jsonl"
             return self._searched_with(place, measure, known, key, path, budget_s, num_trials)
         searched = replay.find(place.site.template, place.site.shape)
         known = knowledge_of(site.template, seeds=seeds, without=[searched] if searched is not None else [])

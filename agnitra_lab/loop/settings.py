@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.errors import UsageError
+from agnitra_lab.generate.tuned import default_folder
 from agnitra_lab.refine.sampler import SAMPLERS
 
 
@@ -67,7 +69,7 @@ class Settings:
     price_per_gpu_hour: Decimal | str = "2.50"
     success_fee_rate: Decimal | str = "0.20"
     is_warm: bool = True
-    tuned_folder: Path | None = None
+    tuned_folder: Path | str | None = None
     is_isolated: bool = False
     is_explained: bool = True
     accept: tuple[str, ...] | None = None
@@ -96,9 +98,10 @@ class Settings:
         unknown = [name for name in self.accept or () if name not in ACTIONS]
         if unknown:
             raise UsageError(f"accept names {unknown[0]!r}, which is no action.", hint=f"Known: {', '.join(ACTIONS)}.")
-        for name in ("budget_s", "timing_s", "llm_deadline_s", "max_trials", "tokens_processed"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} is {getattr(self, name)!r}.", hint="Expected a number above 0.")
+        for name in ("budget_s", "timing_s", "llm_deadline_s", "llm_rounds", "max_trials", "tokens_processed"):
+            given = getattr(self, name)
+            if isinstance(given, bool) or not isinstance(given, Real) or not float(given) > 0:
+                raise UsageError(f"{name} is {given!r}.", hint="Expected a number above 0.")
         for name in ("price_per_gpu_hour", "success_fee_rate"):
             try:
                 value = Decimal(getattr(self, name))
@@ -106,6 +109,11 @@ class Settings:
                 value = Decimal("NaN")
             if not (value.is_finite() and value >= 0):
                 raise UsageError(f"{name} is {getattr(self, name)!r}.", hint="Expected a decimal number, such as 2.50.")
+
+    @property
+    def memory(self) -> Path:
+        """Folder of what runs on this machine have found."""
+        return default_folder() if self.tuned_folder is None else Path(self.tuned_folder)
 
     def public(self) -> dict[str, Any]:
         """Return what may be written down: all but the key."""
