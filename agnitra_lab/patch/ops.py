@@ -313,7 +313,9 @@ def _is_writer(target: Any) -> bool:
     if schema is not None:
         return bool(schema.is_mutable)
     name = getattr(target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    # Python's own `and_`, `or_` and `not_` are named after keywords.
+    is_keyword = getattr(target, "__module__", "") == operator.add.__module__
+    return name.endswith("_") and not name.endswith("__") and not is_keyword
 
 
 def written_nodes(node: fx.Node) -> Iterator[fx.Node]:
