@@ -25,10 +25,9 @@ ACTIONS: dict[str, Action] = {
         Action(
             name="sdpa_backend",
             kind="rewrite",
-            needs_cuda=True,
             is_measured=True,
-            summary="run scaled_dot_product_attention on the backend that measures fastest, sliding windows in kernels "
-            "that skip what they hide",
+            summary="run scaled_dot_product_attention without a mask that is just causal, sliding windows in kernels "
+            "that skip what they hide, and on CUDA on the backend that measures fastest",
         ),
         Action(
             name="open_layers",
@@ -39,6 +38,11 @@ ACTIONS: dict[str, Action] = {
             name="attention_by_hand",
             kind="rewrite",
             summary="replace softmax(q k^T) v written as single steps by scaled_dot_product_attention",
+        ),
+        Action(
+            name="capped_attention",
+            kind="rewrite",
+            summary="run attention whose scores are capped by a tanh as one flex-attention kernel",
         ),
         Action(
             name="qkv_concat",

@@ -1,5 +1,7 @@
 """Recognising attention by what a graph computes: softmax(scale * q k^T + masks) v in any spelling.
 
+The scores may be capped in between: softmax(scale * tanh(squash * q k^T) + masks) v.
+
 Shape legend: L leading dimensions (batch, heads), S queries, T keys, D and E head sizes.
 """
 
@@ -63,6 +65,8 @@ class Attention:
         key: [*leading, T, D].
         value: [*value_leading, T, E].
         scale: factor of the scores; masks come on top.
+        squash: factor of the scores before a tanh that caps them, `scale` then is the one after it; None without.
+        is_shifted: whether a constant was added to all scores.
         scalings: tensors whose last two dimensions are one, which multiply the scores too.
         masks: in the order in which they apply.
         result: the node whose value is the attention's.
@@ -78,6 +82,8 @@ class Attention:
     result: fx.Node
     result_permutation: tuple[int, ...]
     scale: float = 1.0
+    squash: float | None = None
+    is_shifted: bool = False
     scalings: list[fx.Node] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     nodes: tuple[fx.Node, ...] = ()
@@ -153,9 +159,7 @@ def _inner(node: fx.Node, name: str | None, constants: Constants) -> list[Any]:
     """Return the arguments of a step that may be the scores, the likeliest first."""
     if not node.args:
         return []
-    if is_cast(node) or name in _PASSED or name in _RESHAPES or name == "masked_fill":
-        return [node.args[0]]
-    if name == "dropout":
+    if is_cast(node) or name in _PASSED or name in _RESHAPES or name in ("masked_fill", "dropout", "tanh"):
         return [node.args[0]]
     if name in ("mul", "add") and len(node.args) == 2 and not node.kwargs:
         return [operand for operand in node.args if not _is_scalar(operand, constants)]
@@ -181,7 +185,9 @@ def _take_step(node: fx.Node, inner: fx.Node, attention: Attention, constants: C
         other = node.args[1] if node.args[0] is inner else node.args[0]
         number = constants.number(other)
         if number is not None:
-            return  # a softmax does not see a constant that is added to all scores
+            # A softmax does not see a constant that is added to all scores.
+            attention.is_shifted = True
+            return
         sign = -1.0 if name == "sub" else 1.0
         attention.masks.append(Mask(_tensor(other), _leading(node), sign))
     elif name == "masked_fill":
@@ -196,6 +202,10 @@ def _take_step(node: fx.Node, inner: fx.Node, attention: Attention, constants: C
         _take_fill(_tensor(condition), fill, is_kept_first, node, attention)
     elif name == "dropout":
         _refuse_dropout([node])
+    elif name == "tanh":
+        if attention.masks or attention.is_shifted or attention.squash is not None:
+            raise UnfitError("more than one factor of the scores is capped")
+        attention.squash, attention.scale = attention.scale, 1.0
     elif name in _RESHAPES:
         before, after = fake_of(inner), fake_of(node)
         if before is None or after is None or before.shape[-2:] != after.shape[-2:]:
@@ -217,7 +227,8 @@ def _take_factor(node: fx.Node, inner: fx.Node, attention: Attention, constants:
         ]
         return
     shape = _shape(other)
-    if value_name(node) == "mul" and not attention.masks and shape[-2:] in ((1, 1), (1,), ()):
+    is_linear = not attention.masks and attention.squash is None
+    if value_name(node) == "mul" and is_linear and shape[-2:] in ((1, 1), (1,), ()):
         attention.scalings.append(_tensor(other))
         return
     raise UnfitError("the scores are multiplied by a tensor")

@@ -121,11 +121,22 @@ class RewriteContext:
             self._shared[key] = weight
         if all(source.op == "placeholder" for source in sources):
             self.guard.watch(weight, tuple(self._inputs[source][0] for source in sources))
-        name = self._register(action, weight.value)
+        node = self.constant(action, weight.value, before, near)
+        self._derived[node] = _Derivation(tuple(sources), build, (action, *variant, origin))
+        return node
+
+    def constant(self, action: str, value: Tensor, before: fx.Node, near: fx.Node) -> fx.Node:
+        """Add a tensor that no call changes and return the node that reads it.
+
+        Args:
+            value: the tensor.
+            before: where the reading node is inserted.
+            near: a node whose value has the fake mode of the graph.
+        """
+        name = self._register(action, value)
         with self.graph_module.graph.inserting_before(before):
             node = self.graph_module.graph.get_attr(name)
-        node.meta["example_value"] = _fake_like(weight.value, near)
-        self._derived[node] = _Derivation(tuple(sources), build, (action, *variant, origin))
+        node.meta["example_value"] = _fake_like(value, near)
         return node
 
     def _expand(self, sources: Sequence[fx.Node], build: Build) -> tuple[tuple[Any, ...], tuple[fx.Node, ...], Build]:

@@ -6,6 +6,7 @@ Shape legend: B batch, H heads, S queries, T keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 from agnitra_lab.patch.attention import Attention, Mask, UnfitError
 from agnitra_lab.patch.constants import Constants, is_of_the_model
 from agnitra_lab.patch.context import RewriteContext, infer
-from agnitra_lab.patch.masks import allowed_keys, band_of, is_hiding
+from agnitra_lab.patch.masks import Band, allowed_keys, band_of, is_hiding
 from agnitra_lab.patch.ops import fake_of, is_cast, memory_root, mutated_roots, value_name
 
 # Added to any score a fused kernel keeps this value exactly, and times log2(e) it stays finite: the lowest number of
@@ -47,19 +48,46 @@ class MaskBuilder:
         """
         if not attention.masks:
             return None, False, "none"
-        scores = fake_of(attention.nodes[0])
-        assert scores is not None
-        band, sources = self._band(attention.masks, dtype, int(scores.shape[-2]), int(scores.shape[-1]))
-        if band is not None and (band.is_everything or band.is_causal(int(scores.shape[-2]), int(scores.shape[-1]))):
-            self._context.assume(sources)
+        lengths = _lengths(attention)
+        band = self.band(attention, dtype, lambda band: band.is_everything or band.is_causal(*lengths))
+        if band is not None:
             return None, not band.is_everything, "none" if band.is_everything else "causal"
+        return self.additive(attention, sizes, dtype), False, "additive"
+
+    def band(
+        self, attention: Attention, dtype: torch.dtype, is_wanted: Callable[[Band], bool] = lambda _: True
+    ) -> Band | None:
+        """Return the band that the masks are together: the graph then rests on their values of now.
+
+        Args:
+            attention: with masks.
+            dtype: of the operands.
+            is_wanted: whether a band is of use.
+
+        Returns:
+            The band; None where the masks are not all known, or are none that is wanted.
+        """
+        band, sources = self._band(attention.masks, dtype, *_lengths(attention))
+        if band is None or not is_wanted(band):
+            return None
+        self._context.assume(sources)
+        return band
+
+    def additive(self, attention: Attention, sizes: tuple[int, int], dtype: torch.dtype) -> fx.Node:
+        """Return one additive mask [B or 1, H or 1, S or 1, T] that does what the masks do.
+
+        Raises:
+            UnfitError: when there is none.
+        """
         key = (tuple(attention.masks), sizes, dtype)
         if key not in self._built or any(memory_root(mask.node) in self._written for mask in attention.masks):
-            builder = _Additive(self._context, self._constants, attention.result, sizes, dtype, int(scores.shape[-1]))
+            builder = _Additive(self._context, self._constants, attention.result, sizes, dtype, _lengths(attention)[1])
             self._built[key] = builder.build(attention.masks)
-        return self._built[key], False, "additive"
+        return self._built[key]
 
-    def _band(self, masks: list[Mask], dtype: torch.dtype, num_queries: int, num_keys: int) -> tuple[Any, set[fx.Node]]:
+    def _band(
+        self, masks: list[Mask], dtype: torch.dtype, num_queries: int, num_keys: int
+    ) -> tuple[Band | None, set[fx.Node]]:
         sources: set[fx.Node] = set()
         together: Tensor | None = None
         for mask in masks:
@@ -74,6 +102,13 @@ class MaskBuilder:
             together = flat[0] if together is None else together & flat[0]
         assert together is not None
         return band_of(together, num_queries, num_keys), sources
+
+
+def _lengths(attention: Attention) -> tuple[int, int]:
+    """Return S and T."""
+    scores = fake_of(attention.nodes[0])
+    assert scores is not None
+    return int(scores.shape[-2]), int(scores.shape[-1])
 
 
 def _seen(mask: Mask, value: Any, dtype: torch.dtype) -> Tensor | None:

@@ -253,6 +253,14 @@ RULES: tuple[Rule, ...] = (
         "(Dao et al. 2022, arXiv:2205.14135). Measured elsewhere: 8 to 10 times for minGPT's attention (CUDA-L1).",
     ),
     _share_rule(
+        "capped_attention",
+        "capped_attention",
+        evidence.ATTENTION_BY_HAND_OPS,
+        0.5,
+        "No kernel of scaled_dot_product_attention caps scores, so that attention in single steps sends them through "
+        "memory several times; flex attention compiles the cap into its own (Dong et al. 2024, arXiv:2412.05496).",
+    ),
+    _share_rule(
         "decode_products",
         "skinny_gemm",
         evidence.LINEAR_OPS,

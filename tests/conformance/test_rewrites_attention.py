@@ -166,7 +166,18 @@ def old_bert(m, s):
     return s + mask
 
 
+def by_conditions(m, s):
+    """As transformers 5 makes it for every decoder: conditions on places, one after the other."""
+    places = torch.arange(s.size(-1), device=s.device)
+    seen = places.new_ones((), dtype=torch.bool)
+    seen = seen & (places[None, None, None, :] <= places[None, None, :, None])
+    same_text = torch.zeros_like(places).expand(BATCH, -1)
+    seen = seen & (same_text[:, None, :, None] == same_text[:, None, None, :])
+    return s + torch.where(seen.expand(BATCH, -1, s.size(-2), -1), 0.0, torch.finfo(s.dtype).min)
+
+
 CAUSAL = {
+    "transformers 5": by_conditions,
     "minGPT": lambda m, s: s.masked_fill(m.tril[:, :, :STEPS, :STEPS] == 0, INF),
     "-1e10": lambda m, s: s.masked_fill(m.tril[:, :, :STEPS, :STEPS] == 0, -1e10),
     "not of a boolean buffer": statement,
@@ -229,6 +240,18 @@ def test_a_causal_mask_over_more_keys_than_queries_stays_a_mask():
     assert log.descriptors[0].config["mask"] == "additive"
 
 
+def test_a_condition_that_two_masks_share_is_known_to_both():
+    def tower(m, q, k, v):
+        places = torch.arange(STEPS)
+        causal = places[:, None] >= places
+        window = causal & (places[:, None] - places < 3)
+        q = attend((q @ k.mT).masked_fill(~window, INF), v)
+        return attend((q @ k.mT).masked_fill(~causal, INF), v)
+
+    _, log = check(tower, Q, K, V, expected=2)
+    assert [descriptor.config["mask"] for descriptor in log.descriptors] == ["additive", "causal"]
+
+
 def test_layers_share_one_mask():
     def tower(m, q, k, v, p):
         bias = (1.0 - p[:, None, None, :].float()) * -1e4
@@ -280,7 +303,7 @@ def returns_weights(m, q, k, v):
         ("used elsewhere", returns_weights),
         ("no softmax", lambda m, q, k, v: torch.relu(q @ k.mT) @ v),
         ("no softmax", lambda m, q, k, v: (q @ k.mT).softmax(-2) @ v),
-        ("no softmax", lambda m, q, k, v: torch.tanh(q @ k.mT).softmax(-1) @ v),
+        ("capped by tanh", lambda m, q, k, v: torch.tanh(q @ k.mT).softmax(-1) @ v),
         ("multiplied by a tensor", lambda m, q, k, v: attend(q @ k.mT * m.tril[..., :STEPS, :STEPS], v)),
         ("does not hide", masked(lambda m, s: s.masked_fill(~m.allowed, -100.0))),
         ("scaled by", lambda m, q, k, v: attend(q @ k.mT * -1.0, v)),

@@ -9,6 +9,7 @@ _ORDER = (
     # Steps that torch keeps in one call are there for all that follows.
     "open_layers",
     "attention_by_hand",
+    "capped_attention",
     # Gate and up pair off before the other shared linears merge.
     "gate_up_concat",
     "qkv_concat",

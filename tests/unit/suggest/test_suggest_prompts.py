@@ -28,7 +28,7 @@ def test_the_prompt_holds_version_device_shares_and_patterns():
 
 def test_only_actions_that_are_possible_here_are_offered():
     on_cpu = {action["name"] for action in facts_of(prompts.build(decoder_record(), decoder_profile(), CPU))["actions"]}
-    assert on_cpu == {"qkv_concat", "gate_up_concat", "freezing", "as_laid_out", "max_autotune"}
+    assert on_cpu == {"sdpa_backend", "qkv_concat", "gate_up_concat", "freezing", "as_laid_out", "max_autotune"}
 
 
 def test_names_paths_and_ranges_of_the_users_code_stay_out():

@@ -169,7 +169,7 @@ def test_the_question_names_the_schema_and_only_possible_actions():
     name, schema = client.asked
     assert name == SCHEMA_NAME
     allowed = schema["properties"]["suggestions"]["items"]["properties"]["action"]["enum"]
-    assert allowed == ["qkv_concat", "gate_up_concat", "freezing", "as_laid_out", "max_autotune"]
+    assert allowed == ["sdpa_backend", "qkv_concat", "gate_up_concat", "freezing", "as_laid_out", "max_autotune"]
 
 
 def test_a_proposal_round_trips_through_its_json():
