@@ -86,9 +86,12 @@ def effect_differs(before: torch.Tensor, after: torch.Tensor, wanted: torch.Tens
 def written_part(
     name: str, before: torch.Tensor, after: torch.Tensor, wanted: torch.Tensor, truth: torch.Tensor | None
 ) -> Written | None:
-    """Return the elements that calls write; None when a shape differs."""
-    if after.shape != before.shape or wanted.shape != before.shape:
+    """Return the elements that calls write, all of them where both sides leave a tensor of another shape (a cache that
+    grows); None when their shapes differ."""
+    if after.shape != wanted.shape:
         return None
+    if wanted.shape != before.shape:
+        return Written(name, after, wanted, truth if truth is not None and truth.shape == wanted.shape else None)
     # Either side's writes: a written value equals the one before it now and then (in bf16 in about one of 300 elements
     # of a KV cache slot), and always where the state already holds what these inputs give.
     is_written = difference_mask(wanted, before) | difference_mask(after, before)

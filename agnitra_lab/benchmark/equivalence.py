@@ -35,12 +35,12 @@ from agnitra_lab.benchmark.outputs import (
 )
 from agnitra_lab.benchmark.reference import Answer, PrecisionTrack, Reference, first_line
 from agnitra_lab.benchmark.state import ModuleState, module_of
-from agnitra_lab.benchmark.tree import tensors
 from agnitra_lab.contracts.measurement import MAX_ERROR_RATIO, Equivalence
 from agnitra_lab.contracts.workload import Inputs, Workload
 from agnitra_lab.device.exclusive import exclusive
 from agnitra_lab.device.info import synchronize
 from agnitra_lab.errors import UsageError
+from agnitra_lab.graph.tree import tensors
 
 # A ratio of errors over few effective elements scatters; a near miss is judged again on more seeds.
 _NEAR_MISS_RATIO, _NUM_EXTRA_SEEDS = 2.0, 5
@@ -295,12 +295,19 @@ class _Gate:
         self.matches.append(matches)
         self._compare_top1(found, wanted)
 
+    def _is_left_different(
+        self, before: torch.Tensor | None, after: torch.Tensor | None, wanted: torch.Tensor | None
+    ) -> bool:
+        if after is None or wanted is None:
+            return after is not wanted
+        # What an empty cache holds after the call was nowhere before.
+        return effect_differs(after.new_empty(0) if before is None else before, after, wanted, self.least_rtol)
+
     def _compare_effects(self, inputs: Inputs, found: Call, answer: Answer) -> None:
         wanted = answer.wanted
-        originals = tensors(inputs)
-        have, want = tensors(found.inputs_after), tensors(wanted.inputs_after)
-        for (path, before), (_, after), (_, after_baseline) in zip(originals, have, want, strict=True):
-            if effect_differs(before, after, after_baseline, self.least_rtol):
+        given, have, want = (dict(tensors(value)) for value in (inputs, found.inputs_after, wanted.inputs_after))
+        for path in dict.fromkeys([*given, *have, *want]):
+            if self._is_left_different(given.get(path), have.get(path), want.get(path)):
                 self.are_inputs_unchanged = False
                 self.problems[f"input{path} is left different from what the baseline leaves"] = None
         written: list[Written] = []

@@ -7,8 +7,8 @@ from collections import deque
 
 import torch
 
-from agnitra_lab.benchmark.tree import map_tensors
 from agnitra_lab.contracts.workload import Inputs, Workload
+from agnitra_lab.graph.tree import map_tensors
 
 # Additive attention masks hold such values for "never look here"; normal values of that size would overflow.
 _MASK_MAGNITUDE = 1e4

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agnitra_lab.benchmark.state import ModuleState
-from agnitra_lab.benchmark.tree import map_tensors
 from agnitra_lab.contracts.workload import Inputs
+from agnitra_lab.graph.tree import map_tensors
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
 # Weights in double precision, and about as much again for what the call needs.

@@ -10,8 +10,8 @@ import torch
 
 from agnitra_lab.benchmark.elements import rtol_of
 from agnitra_lab.benchmark.state import ModuleState, same_values
-from agnitra_lab.benchmark.tree import leaves, tensors
 from agnitra_lab.contracts.workload import Inputs
+from agnitra_lab.graph.tree import leaves, tensors
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _NUM_FINGERPRINT_SAMPLES = 64

@@ -17,10 +17,10 @@ from agnitra_lab.benchmark.inputs import num_bytes, redraw, shifted_copy
 from agnitra_lab.benchmark.oracle import Oracle, build_oracle, oracle_failure
 from agnitra_lab.benchmark.outputs import Call, fingerprint, leaf_rtols, overwritten_outputs, run_call
 from agnitra_lab.benchmark.state import ModuleState, module_of, same_values
-from agnitra_lab.benchmark.tree import leaves, tensors
 from agnitra_lab.contracts.workload import Inputs, Workload
 from agnitra_lab.device.info import device_of
 from agnitra_lab.errors import UsageError
+from agnitra_lab.graph.tree import leaves, tensors
 
 PrecisionTrack = Literal["exact", "relaxed"]
 

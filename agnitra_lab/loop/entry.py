@@ -14,7 +14,7 @@ from agnitra_lab.benchmark import compare as comparing
 from agnitra_lab.contracts.measurement import Comparison
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import UsageError
-from agnitra_lab.loop import preflight
+from agnitra_lab.loop import preflight, undisturbed
 from agnitra_lab.loop.optimization import Optimization, Progress
 from agnitra_lab.loop.result import Result
 from agnitra_lab.loop.settings import Settings
@@ -69,7 +69,8 @@ def profile(target: Any, inputs: Any = None, *, name: str | None = None, repeat:
         _check_takes_nothing(target)
     is_plain = inputs is None and not isinstance(target, (Workload, torch.nn.Module))
     chosen = target if is_plain and callable(target) else as_workload(target, inputs, name=name)
-    return capture.profile(chosen, name=name, repeat=repeat)
+    profiled = undisturbed.profile if isinstance(chosen, Workload) else capture.profile
+    return profiled(chosen, name=name, repeat=repeat)
 
 
 def _check_takes_nothing(model: torch.nn.Module) -> None:
@@ -117,7 +118,7 @@ def profile_run(
         RunStore(trace.parent).check_writable()
     preflight.check_runs(workload)
     run = store.create("profile", workload.name, category="profiles")
-    telemetry = capture.profile(workload, name=workload.name, repeat=repeat)
+    telemetry = undisturbed.profile(workload, name=workload.name, repeat=repeat)
     telemetry.save(run.directory("profiles"))
     if trace is not None:
         telemetry.export_trace(trace)

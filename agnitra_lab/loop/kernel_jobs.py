@@ -13,13 +13,13 @@ import torch
 
 from agnitra_lab.benchmark.elements import match, rtol_of
 from agnitra_lab.benchmark.timing import sample_kernel
-from agnitra_lab.benchmark.tree import tensors
 from agnitra_lab.contracts.kernel import Site
 from agnitra_lab.contracts.search import KernelConfig, Measurement
 from agnitra_lab.errors import SearchError
 from agnitra_lab.generate import registry
 from agnitra_lab.generate.defaults import default_config
 from agnitra_lab.generate.render import render
+from agnitra_lab.graph.tree import tensors
 from agnitra_lab.refine.bound import NO_BOUND, Bound
 from agnitra_lab.refine.landscape_task import Target
 

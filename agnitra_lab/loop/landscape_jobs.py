@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from agnitra_lab.benchmark.elements import rtol_of
-from agnitra_lab.benchmark.tree import tensors
 from agnitra_lab.benchmark.worker_main import classify
 from agnitra_lab.device import info, nvml
 from agnitra_lab.generate import registry
+from agnitra_lab.graph.tree import tensors
 from agnitra_lab.loop.compile_jobs import short
 from agnitra_lab.refine.landscape_recording import Lines
 from agnitra_lab.refine.landscape_task import Target, Task

@@ -30,7 +30,7 @@ from agnitra_lab.generate import kernels as templates
 from agnitra_lab.generate.registry import is_available as why_no_kernels
 from agnitra_lab.graph import semantics
 from agnitra_lab.graph.cost import read_once_bytes
-from agnitra_lab.loop import filing, preflight
+from agnitra_lab.loop import filing, preflight, undisturbed
 from agnitra_lab.loop.advice import Advice
 from agnitra_lab.loop.adviser import Adviser
 from agnitra_lab.loop.chooser import Chooser
@@ -44,7 +44,6 @@ from agnitra_lab.loop.settings import Settings
 from agnitra_lab.loop.site_survey import SiteSurvey, find_sites
 from agnitra_lab.patch import candidates, toolchain
 from agnitra_lab.patch.install import Patch
-from agnitra_lab.profiler import capture
 from agnitra_lab.profiler.telemetry import Telemetry
 from agnitra_lab.report import assemble, page
 from agnitra_lab.runs import provenance, summary
@@ -127,7 +126,7 @@ class Optimization:
         """Find out where the time goes, and tie it to the graph."""
         started = time.monotonic()
         self._tell("running the model with the profiler on")
-        self.telemetry = capture.profile(self.workload, name=self.workload.name)
+        self.telemetry = undisturbed.profile(self.workload, name=self.workload.name)
         if self.telemetry.graph is not None:
             self.profile_of_workload = semantics.analyse(self.telemetry.graph, self.workload.phase)
         filing.file_profile(self.run, self.telemetry)

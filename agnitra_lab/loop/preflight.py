@@ -7,6 +7,7 @@ import torch
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device.compiler import require_cpp_compiler
 from agnitra_lab.errors import UsageError
+from agnitra_lab.loop.undisturbed import as_it_was
 from agnitra_lab.runs.store import RunStore
 
 
@@ -28,7 +29,7 @@ def check_runs(workload: Workload) -> None:
         UsageError: when the model does not take its inputs, with the model's own words.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_it_was(workload):
             workload()
     except Exception as error:
         text = " ".join(str(error).split())[:400]

@@ -14,6 +14,7 @@ from agnitra_lab.contracts.device import DeviceInfo, DevicePeaks
 from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.contracts.report import Region
 from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.loop.undisturbed import as_it_was
 from agnitra_lab.profiler import capture
 from agnitra_lab.profiler.telemetry import Telemetry
 
@@ -51,10 +52,11 @@ def explain(
         with torch.no_grad():
             return model(*workload.args, **workload.kwargs)
 
-    after = capture.profile(
-        call, name=workload.name, repeat=_NUM_CALLS, num_warmup=1, should_time=False, device_info=device,
-        reference=before,
-    )  # fmt: skip
+    with as_it_was(workload):
+        after = capture.profile(
+            call, name=workload.name, repeat=_NUM_CALLS, num_warmup=1, should_time=False, device_info=device,
+            reference=before,
+        )  # fmt: skip
     after.save(folder)
     return regions(workload, before, after, descriptors, peaks)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from agnitra_lab.graph.tree import replace_tensors, tensors
 from agnitra_lab.patch.fast import FastPath
 from agnitra_lab.patch.frozen import FrozenWeights
 from agnitra_lab.patch.liveness import Surroundings
@@ -195,16 +196,15 @@ def clone_outputs(outputs: Any, clones: tuple[bool, ...]) -> Any:
     """Copy the outputs that live in a CUDA graph's memory: its next replay overwrites them.
 
     Args:
-        outputs: what the compiled call returned, any pytree.
-        clones: per tensor leaf, whether it must be copied; tensors that alias an input or a weight must not.
+        outputs: what the compiled call returned.
+        clones: per tensor, whether it must be copied; tensors that alias an input or a weight must not.
     """
     if isinstance(outputs, torch.Tensor):
         return outputs.clone() if clones[:1] != (False,) else outputs
-    leaves, structure = _pytree.tree_flatten(outputs)
-    num_tensors = sum(isinstance(leaf, torch.Tensor) for leaf in leaves)
-    wanted = iter(clones if len(clones) == num_tensors else (True,) * num_tensors)
-    copied = [leaf.clone() if isinstance(leaf, torch.Tensor) and next(wanted) else leaf for leaf in leaves]
-    return _pytree.tree_unflatten(copied, structure)
+    found = [tensor for _, tensor in tensors(outputs)]
+    wanted = clones if len(clones) == len(found) else (True,) * len(found)
+    made = {id(tensor): tensor.clone() for tensor, is_wanted in zip(found, wanted, strict=True) if is_wanted}
+    return replace_tensors(outputs, lambda tensor: made.get(id(tensor), tensor))
 
 
 def _has_inference_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

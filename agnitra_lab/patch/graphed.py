@@ -139,8 +139,13 @@ class _Instance:
     ) -> None:
         self.graph = graph
         leaves, self._structure = _pytree.tree_flatten(outputs)
+        for leaf in leaves:
+            if not isinstance(leaf, (Tensor, *PLAIN)):
+                raise PatchError(f"the result holds a {type(leaf).__name__}, which each call would have to make anew")
         self._is_single = len(leaves) == 1 and outputs is leaves[0]
-        wanted = strides.of(len(leaves)) if strides is not None else [None] * len(leaves)
+        num_tensors = sum(isinstance(leaf, Tensor) for leaf in leaves)
+        of_tensors = iter(strides.of(num_tensors) if strides is not None else [None] * num_tensors)
+        wanted = [next(of_tensors) if isinstance(leaf, Tensor) else None for leaf in leaves]
         storage = graph.tail.storage if graph.tail is not None else None
         self._results: list[_Result] = [
             _result_of(leaf, layout, owned, storage) for leaf, layout in zip(leaves, wanted, strict=True)

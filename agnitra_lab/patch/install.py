@@ -15,14 +15,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree
+from torch import nn
 
 from agnitra_lab.contracts.actions import ACTIONS
 from agnitra_lab.contracts.kernel import KernelSource
 from agnitra_lab.contracts.patch import PatchDescriptor, PatchLog, Refusal, RollbackProof
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import PatchError
+from agnitra_lab.graph.tree import tensors
 from agnitra_lab.patch.backend import Backend, first_line
 from agnitra_lab.patch.dropin import OptimizedModel
 from agnitra_lab.patch.frozen import FrozenWeights
@@ -332,9 +332,6 @@ def _freeze(workload: Workload, before: _Before) -> FrozenWeights | None:
 
 def _clone_mask(workload: Workload, outputs: Any) -> tuple[bool, ...]:
     """Per output tensor: False when it shares memory with an argument or a weight, as a returned cache does."""
-    arguments = [
-        leaf for leaf in _pytree.tree_leaves((workload.args, dict(workload.kwargs))) if isinstance(leaf, Tensor)
-    ]
+    arguments = [tensor for _, tensor in tensors((workload.args, dict(workload.kwargs)))]
     owned = {tensor.untyped_storage().data_ptr() for tensor in [*arguments, *model_tensors(workload.model)]}
-    leaves = [leaf for leaf in _pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return tuple(leaf.untyped_storage().data_ptr() not in owned for leaf in leaves)
+    return tuple(tensor.untyped_storage().data_ptr() not in owned for _, tensor in tensors(outputs))

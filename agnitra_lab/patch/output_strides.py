@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from agnitra_lab.device.row_copy import copy_rows
+from agnitra_lab.graph.tree import replace_tensors, tensors
 from agnitra_lab.patch.layouts import is_dense
 
 Strides = tuple[int, ...]
 
 
 def strides_of(outputs: Any) -> list[Strides | None]:
-    """Return the strides of each leaf of a result; None for what is no tensor, or a view with gaps or overlaps."""
+    """Return the strides of each tensor of a result; None for a view with gaps or overlaps."""
     return [
-        leaf.stride() if isinstance(leaf, Tensor) and leaf.layout is torch.strided and is_dense(leaf) else None
-        for leaf in _pytree.tree_leaves(outputs)
+        tensor.stride() if tensor.layout is torch.strided and is_dense(tensor) else None
+        for _, tensor in tensors(outputs)
     ]
 
 
@@ -38,30 +38,27 @@ class OutputStrides:
     """
 
     def __init__(self, wanted: Sequence[Strides | None], outputs: Any, is_own: Sequence[bool]) -> None:
-        leaves = _pytree.tree_leaves(outputs)
-        own = iter(is_own)
         self._wanted: dict[int, Strides] = {}
-        for index, (leaf, strides) in enumerate(zip(leaves, wanted, strict=False)):
-            if isinstance(leaf, Tensor) and next(own, False) and strides is not None and _differs(leaf, strides):
+        for index, ((_, tensor), strides, own) in enumerate(zip(tensors(outputs), wanted, is_own, strict=False)):
+            if own and strides is not None and _differs(tensor, strides):
                 self._wanted[index] = strides
 
     def __bool__(self) -> bool:
         return bool(self._wanted)
 
-    def of(self, num_leaves: int) -> list[Strides | None]:
-        """Return the strides to give to each leaf, None where it has them."""
-        return [self._wanted.get(index) for index in range(num_leaves)]
+    def of(self, num_tensors: int) -> list[Strides | None]:
+        """Return the strides to give to each tensor, None where it has them."""
+        return [self._wanted.get(index) for index in range(num_tensors)]
 
     def __call__(self, outputs: Any) -> Any:
-        """Return the result with the original's strides; leaves that lack them are copied."""
+        """Return the result with the original's strides; tensors that lack them are copied."""
         if not self._wanted:
             return outputs
         if isinstance(outputs, Tensor):
             return copied(outputs, self._wanted[0])
-        leaves, structure = _pytree.tree_flatten(outputs)
-        for index, strides in self._wanted.items():
-            leaves[index] = copied(leaves[index], strides)
-        return _pytree.tree_unflatten(leaves, structure)
+        found = tensors(outputs)
+        made = {id(found[index][1]): copied(found[index][1], strides) for index, strides in self._wanted.items()}
+        return replace_tensors(outputs, lambda tensor: made.get(id(tensor), tensor))
 
 
 def copied(leaf: Tensor, strides: Strides | None) -> Tensor:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from agnitra_lab.contracts.patch import RollbackProof
 from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.graph.tree import Containers, leaves, map_tensors
+from agnitra_lab.graph.tree import tensors as tensors_in
 
 _CHUNK = 1 << 24
 # Sums in another order at each call: over many elements two distances of that kind are nearly the same, over a few they
@@ -127,17 +128,19 @@ class MutableState:
     tensors: list[Tensor] = field(default_factory=list)
     saved: list[Tensor] = field(default_factory=list)
     versions: list[int | None] = field(default_factory=list)
+    containers: Containers = field(default_factory=lambda: Containers(()))
 
     @classmethod
     def of(cls, workload: Workload) -> MutableState:
-        """Copy every buffer of the model and every tensor argument."""
+        """Copy every buffer of the model and every tensor argument, those that caches hold among them."""
         model = workload.model
-        leaves = _pytree.tree_leaves((workload.args, dict(workload.kwargs)))
-        candidates = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        given = (workload.args, dict(workload.kwargs))
+        candidates = [tensor for _, tensor in tensors_in(given)]
         if isinstance(model, nn.Module):
             candidates += list(model.buffers())
         unique = list({id(tensor): tensor for tensor in candidates}.values())
-        return cls(unique, [tensor.detach().clone() for tensor in unique], list(map(_version, unique)))
+        saved = [tensor.detach().clone() for tensor in unique]
+        return cls(unique, saved, list(map(_version, unique)), Containers(given))
 
     def only_written(self) -> MutableState:
         """Return the part that was written since the copy; what no call writes needs no copy kept.
@@ -149,10 +152,13 @@ class MutableState:
             for row in zip(self.tensors, self.saved, self.versions, strict=True)
             if row[2] != _version(row[0]) or not same_bits(row[0], row[1])
         ]
-        return MutableState([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
+        return MutableState(
+            [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], self.containers
+        )
 
     def restore(self) -> None:
-        """Put the saved values back in place."""
+        """Put the saved values back in place, and back into the caches that held them."""
+        self.containers.restore()
         with torch.no_grad():
             for tensor, saved in zip(self.tensors, self.saved, strict=True):
                 with torch.inference_mode(tensor.is_inference()):
@@ -177,16 +183,20 @@ def run_original(workload: Workload, model: Callable[..., Any] | None = None) ->
 
 def keep_outputs(outputs: Any) -> Any:
     """Copy the tensors of a call's result, so that later calls cannot change them."""
-    return _pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, outputs)
+    return map_tensors(outputs, lambda tensor: tensor.detach().clone())
 
 
 def same_bits(left: Any, right: Any) -> bool:
     """Whether two results have the same structure and every tensor the same bytes (NaN equals the same NaN)."""
-    left_leaves, left_spec = _pytree.tree_flatten(left)
-    right_leaves, right_spec = _pytree.tree_flatten(right)
-    if left_spec != right_spec or len(left_leaves) != len(right_leaves):
-        return False
-    return all(map(_same_leaf, left_leaves, right_leaves))
+    return _same_paths(left, right) and all(map(_same_leaf, _values(left), _values(right)))
+
+
+def _same_paths(left: Any, right: Any) -> bool:
+    return type(left) is type(right) and [path for path, _ in leaves(left)] == [path for path, _ in leaves(right)]
+
+
+def _values(result: Any) -> list[Any]:
+    return [leaf for _, leaf in leaves(result)]
 
 
 def _same_leaf(left: Any, right: Any) -> bool:
@@ -203,8 +213,9 @@ def _as_near_as_itself(workload: Workload, now: Any, before: Any, state: Mutable
     for _ in range(2):
         state.restore()
         calls.append(keep_outputs(run_original(workload)))
-    leaves, specs = zip(*(_pytree.tree_flatten(result) for result in (now, before, *calls)), strict=True)
-    return all(spec == specs[0] for spec in specs) and all(map(_is_within_spread, *leaves))
+    results = (now, before, *calls)
+    is_alike = all(_same_paths(result, now) for result in results)
+    return is_alike and all(map(_is_within_spread, *map(_values, results)))
 
 
 def _is_within_spread(now: Any, before: Any, one: Any, other: Any) -> bool:

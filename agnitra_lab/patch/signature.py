@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agnitra_lab.graph.tree import is_record
+
 Check = Callable[[Any], bool]
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 """What an argument may be beside a tensor for a call to be told from another by its value."""
@@ -47,9 +49,11 @@ class Signature:
 
 
 class _Leaf:
-    """One argument. Containers check their items; other objects must be of the same type, Dynamo guards the rest."""
+    """One argument. Containers and caches check what they hold; other objects must be of the same type, Dynamo guards
+    the rest."""
 
-    def __init__(self, where: str, value: Any) -> None:
+    def __init__(self, where: str, value: Any, above: frozenset[int] = frozenset()) -> None:
+        held_by, above = above, above | {id(value)}
         self.where = where
         self.type = type(value)
         self.items: list[_Leaf] = []
@@ -60,12 +64,16 @@ class _Leaf:
             self.requires_grad = value.requires_grad
             self.matches: Check = self._matches_tensor
         elif self.type in (tuple, list):
-            self.items = [_Leaf(where, item) for item in value]
+            self.items = [_Leaf(where, item, above) for item in value]
             self.matches = self._matches_sequence
         elif self.type is dict:
             self.keys = list(value)
-            self.items = [_Leaf(where, item) for item in value.values()]
+            self.items = [_Leaf(where, item, above) for item in value.values()]
             self.matches = self._matches_dict
+        elif is_record(value) and hasattr(value, "__dict__") and id(value) not in held_by:
+            self.keys = list(value.__dict__)
+            self.items = [_Leaf(where, item, above) for item in value.__dict__.values()]
+            self.matches = self._matches_record
         elif self.type in PLAIN:
             self.value = value
             self.matches = self._matches_value
@@ -96,6 +104,13 @@ class _Leaf:
             and all(leaf.matches(item) for leaf, item in zip(self.items, value.values(), strict=True))
         )
 
+    def _matches_record(self, value: Any) -> bool:
+        return (
+            type(value) is self.type
+            and list(value.__dict__) == self.keys
+            and all(leaf.matches(item) for leaf, item in zip(self.items, value.__dict__.values(), strict=True))
+        )
+
     def _matches_value(self, value: Any) -> bool:
         return type(value) is self.type and value == self.value
 
@@ -107,9 +122,10 @@ class _Leaf:
         if type(value) is not self.type:
             return "type"
         if self.items:
-            if not hasattr(value, "__len__") or len(value) != len(self.items):
+            table = value if isinstance(value, (list, tuple, dict)) else value.__dict__
+            if len(table) != len(self.items):
                 return "structure"
-            items = value.values() if isinstance(value, dict) else value
+            items = table.values() if isinstance(table, dict) else table
             return next(
                 (leaf.difference(item) for leaf, item in zip(self.items, items, strict=True) if not leaf.matches(item)),
                 "structure",

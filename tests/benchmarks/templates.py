@@ -25,13 +25,13 @@ import torch
 
 from agnitra_lab.benchmark.elements import match, rtol_of
 from agnitra_lab.benchmark.timing import measure_kernel
-from agnitra_lab.benchmark.tree import map_tensors, tensors
 from agnitra_lab.contracts.search import KernelConfig
 from agnitra_lab.device.info import describe
 from agnitra_lab.device.peaks import measure_peaks
 from agnitra_lab.generate import registry
 from agnitra_lab.generate.defaults import default_config
 from agnitra_lab.generate.render import render
+from agnitra_lab.graph.tree import map_tensors, tensors
 
 SITES: list[tuple[str, tuple[int, ...], str]] = [
     ("rms_norm", (16384, 4096), "bfloat16"),

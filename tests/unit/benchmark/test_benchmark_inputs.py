@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agnitra_lab.benchmark.inputs import num_bytes, redraw, shifted_copy
-from agnitra_lab.benchmark.tree import leaves, map_tensors, tensors
 from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.graph.tree import leaves, map_tensors, tensors
 
 Pair = namedtuple("Pair", ["left", "right"])
 

@@ -49,8 +49,8 @@ def test_a_result_that_is_an_input_or_a_weight_is_not_copied() -> None:
 
 
 def test_a_view_with_gaps_is_no_layout_to_give_back() -> None:
-    assert strides_of([padded(3, 13), torch.randn(3, 1).expand(3, 4), torch.randn(4, 3).t(), 7]) == [
-        None, None, (1, 3), None,
+    assert strides_of([padded(3, 13), torch.randn(3, 1).expand(3, 4), 7, torch.randn(4, 3).t()]) == [
+        None, None, (1, 3),
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from agnitra_lab.benchmark.tree import tensors
+from agnitra_lab.graph.tree import tensors
 from agnitra_lab.workloads.target import resolve
 
 UNSEEN = Path(__file__).parents[2] / "benchmarks" / "unseen"

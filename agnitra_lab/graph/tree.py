@@ -1,0 +1,185 @@
+"""What calls take and give: nested lists, tuples, mappings, dataclasses and caches that hold tensors, in one way.
+
+A cache is a plain object, such as those that transformers' decoders are given: it holds tensors, or lists and mappings
+that may hold some after the next call.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+
+# Deep enough for a cache of layers of tensors; a bound, because plain objects may refer to anything.
+_MAX_DEPTH = 8
+
+
+def leaves(value: Any, path: str = "", above: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:
+    """Yield every leaf with its path, in a fixed order; a tensor is a leaf, and so is what holds no tensor.
+
+    Args:
+        value: what is walked; an object that refers back to one that holds it is a leaf there.
+        path: of the value.
+        above: the objects that hold it.
+    """
+    parts = _parts(value) if id(value) not in above else None
+    if parts is None:
+        yield path, value
+        return
+    for name, part in parts:
+        yield from leaves(part, path + name, above | {id(value)})
+
+
+def tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
+    """Return the tensor leaves with their paths."""
+    return [(path, leaf) for path, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """Rebuild `value` with every tensor replaced by `change(tensor)`; a tensor met twice is replaced once."""
+    return _rebuild(value, change, {}, {})
+
+
+def replace_tensors(
+    value: Any, change: Callable[[torch.Tensor], torch.Tensor], above: frozenset[int] = frozenset()
+) -> Any:
+    """Put `change(tensor)` where each tensor is, in the very lists, mappings and objects; tuples alone are made anew.
+
+    For what a call returned: a caller's own cache among it stays that cache. Arguments as of `leaves`.
+    """
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    parts = _parts(value) if id(value) not in above else None
+    if parts is None:
+        return value
+    changed = [replace_tensors(part, change, above | {id(value)}) for _, part in parts]
+    if all(new is old for new, (_, old) in zip(changed, parts, strict=True)):
+        return value
+    if isinstance(value, list):
+        value[:] = changed
+    elif isinstance(value, Mapping) and isinstance(value, dict):
+        for key, part in zip(list(value), changed, strict=True):
+            value[key] = part
+    elif is_record(value):
+        for name, part in zip(_attributes(value), changed, strict=True):
+            object.__setattr__(value, name, part)
+    else:
+        return _with_parts(value, changed)
+    return value
+
+
+class Containers:
+    """Lists, mappings and objects as they are now: which tensors and numbers each holds.
+
+    Args:
+        value: what is walked.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._kept: list[tuple[Any, Any]] = []
+        waiting, seen = [value], set()
+        while waiting:
+            item = waiting.pop()
+            parts = _parts(item)
+            if parts is None or id(item) in seen:
+                continue
+            seen.add(id(item))
+            waiting.extend(part for _, part in parts)
+            if isinstance(item, (list, dict)):
+                self._kept.append((item, copy.copy(item)))
+            elif hasattr(item, "__dict__"):
+                self._kept.append((item.__dict__, dict(item.__dict__)))
+
+    def restore(self) -> None:
+        """Put back into each what it held."""
+        for item, before in self._kept:
+            if isinstance(item, list):
+                item[:] = before
+            elif item.keys() != before.keys() or any(item[name] is not before[name] for name in before):
+                item.clear()
+                item.update(before)
+
+
+def _rebuild(item: Any, change: Callable[[torch.Tensor], Any], replaced: dict[int, Any], made: dict[int, Any]) -> Any:
+    # No closure that calls itself: it would be a cycle that holds every tensor until the collector runs, and timing
+    # loops switch the collector off.
+    if isinstance(item, torch.Tensor):
+        if id(item) not in replaced:
+            replaced[id(item)] = change(item)
+        return replaced[id(item)]
+    if id(item) in made:
+        return made[id(item)]
+    parts = _parts(item)
+    if parts is None:
+        return item
+    # What refers back to it meanwhile keeps what it has.
+    made[id(item)] = item
+    made[id(item)] = _with_parts(item, [_rebuild(part, change, replaced, made) for _, part in parts])
+    return made[id(item)]
+
+
+def _parts(value: Any) -> list[tuple[str, Any]] | None:
+    if isinstance(value, torch.Tensor):
+        return None
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", item) for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [(f"[{index}]", item) for index, item in enumerate(value)]
+    if is_record(value):
+        return [(f".{name}", item) for name, item in _attributes(value).items()]
+    return None
+
+
+def is_record(value: Any, depth: int = 0) -> bool:
+    """Whether an object is walked into: a dataclass, or one that holds tensors or may come to hold some."""
+    if isinstance(value, (torch.nn.Module, type, ModuleType, FunctionType, str, bytes, int, float, torch.dtype)):
+        return False
+    if dataclasses.is_dataclass(value):
+        return True
+    parts = _attributes(value).values() if depth < _MAX_DEPTH else ()
+    return any(_holds_tensor(item, depth + 1) or _may_be_filled(item) for item in parts)
+
+
+def _may_be_filled(value: Any) -> bool:
+    """Whether a container is empty now: an empty cache is one too."""
+    return type(value) in (list, dict) and not value
+
+
+def _holds_tensor(value: Any, depth: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    if depth >= _MAX_DEPTH:
+        return False
+    if isinstance(value, Mapping):
+        return any(_holds_tensor(item, depth + 1) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensor(item, depth + 1) for item in value)
+    return is_record(value, depth)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return getattr(value, "__dict__", {})
+
+
+def _with_parts(value: Any, parts: list[Any]) -> Any:
+    if isinstance(value, tuple):
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, list):
+        return type(value)(parts)
+    if isinstance(value, Mapping):
+        if not isinstance(value, dict):
+            return dict(zip(value, parts, strict=True))
+        rebuilt = copy.copy(value)
+        for key, part in zip(list(value), parts, strict=True):
+            rebuilt[key] = part
+        return rebuilt
+    rebuilt = copy.copy(value)
+    for name, part in zip(_attributes(value), parts, strict=True):
+        object.__setattr__(rebuilt, name, part)
+    return rebuilt

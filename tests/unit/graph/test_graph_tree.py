@@ -1,0 +1,77 @@
+"""Nested values walked and rebuilt."""
+
+import gc
+import weakref
+
+import torch
+
+from agnitra_lab.graph.tree import Containers, map_tensors, replace_tensors, tensors
+
+
+def test_a_rebuilt_value_dies_with_its_last_reference_while_the_collector_is_off():
+    gc.collect()
+    gc.disable()
+    try:
+        copied = map_tensors(([torch.ones(3)], {"x": torch.ones(2)}), torch.clone)
+        alive = [weakref.ref(copied[0][0]), weakref.ref(copied[1]["x"])]
+        del copied
+        assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_tensor_met_twice_stays_one_tensor():
+    x = torch.ones(2)
+    left, right = map_tensors((x, x), torch.clone)
+    assert left is right and left is not x
+
+
+class Layer:
+    def __init__(self, keys):
+        self.keys = keys
+
+
+class Cache:
+    """As transformers' caches: a plain object with a list of layers."""
+
+    def __init__(self, *keys):
+        self.layers = [Layer(each) for each in keys]
+        self.length = 0
+
+
+def test_an_object_that_refers_back_to_its_holder_ends_the_walk():
+    cache = Cache(torch.ones(2))
+    cache.layers[0].cache = cache
+    assert [path for path, _ in tensors(cache)] == [".layers[0].keys"]
+    assert map_tensors(cache, torch.zeros_like).layers[0].keys.sum() == 0
+    replace_tensors(cache, torch.zeros_like)
+    assert cache.layers[0].keys.sum() == 0
+
+
+def test_an_empty_cache_is_copied_too_so_that_what_fills_the_copy_leaves_it_empty():
+    cache = Cache()
+    map_tensors((cache,), torch.clone)[0].layers.append(Layer(torch.ones(2)))
+    assert not cache.layers
+
+
+def test_tensors_are_replaced_in_the_very_cache_that_a_caller_holds():
+    cache, logits = Cache(torch.ones(2), torch.ones(3)), torch.ones(4)
+    layers = cache.layers
+    result = replace_tensors({"logits": logits, "cache": cache, "pair": (logits, 7)}, lambda tensor: tensor * 2)
+    assert result["cache"] is cache and cache.layers is layers
+    assert all(bool((tensor == 2).all()) for _, tensor in tensors(result))
+    assert result["pair"][1] == 7
+
+
+def test_containers_put_back_what_a_call_has_exchanged_added_or_taken_away():
+    keys = torch.ones(2)
+    cache, names = Cache(keys), {"first": keys}
+    before = Containers((cache, names))
+    cache.layers[0].keys = torch.cat([keys, keys])
+    cache.layers.append(Layer(keys))
+    cache.length, cache.extra = 5, keys
+    names.clear()
+    before.restore()
+    assert len(cache.layers) == 1 and cache.layers[0].keys is keys
+    assert cache.length == 0 and not hasattr(cache, "extra")
+    assert names["first"] is keys
