@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from agnitra_lab.patch import einsum
 from agnitra_lab.patch.constants import Constants
+from agnitra_lab.patch.matmuls import swaps_last_two
 from agnitra_lab.patch.ops import argument, fake_of, is_cast, value_name
 
 _RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"}
@@ -72,6 +73,7 @@ class Attention:
         result: the node whose value is the attention's.
         result_permutation: from [*value_leading, S, E] to the dimensions of `result`.
         nodes: all nodes of the pattern, in graph order; the product of queries and keys first, `result` last.
+        turns: what turned the keys for the product.
     """
 
     query: Operand
@@ -87,6 +89,7 @@ class Attention:
     scalings: list[fx.Node] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     nodes: tuple[fx.Node, ...] = ()
+    turns: tuple[fx.Node, ...] = ()
 
 
 def find_attentions(graph: fx.Graph, constants: Constants) -> Iterator[Attention | str]:
@@ -134,6 +137,7 @@ def _match(softmax: fx.Node, constants: Constants) -> Attention | None:
         _take_step(outer, inner, attention, constants)
     members = {*chain, softmax, *upper}
     attention.nodes = tuple(node for node in softmax.graph.nodes if node in members)
+    attention.turns = tuple(node for node in product.all_input_nodes if swaps_last_two(node))
     return attention
 
 
@@ -297,12 +301,12 @@ def _scores_of(product: fx.Node) -> tuple[Operand, Operand, tuple[int, ...]]:
     left, right = (argument(product, first + index, name) for index, name in enumerate(names))
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or min(_rank(left), _rank(right)) < 2:
         raise UnfitError("the scores are not a product of two matrices")
-    rank = _rank(right)
-    return (
-        Operand(left, tuple(range(_rank(left)))),
-        Operand(right, (*range(rank - 2), rank - 1, rank - 2)),
-        _leading(product),
-    )
+    query, places = Operand(left, tuple(range(_rank(left)))), range(_rank(right))
+    # Keys that were turned for the product are taken from before that: who reads a cache is then seen to.
+    turned = right.args[0] if swaps_last_two(right) else None
+    if isinstance(turned, fx.Node):
+        return query, Operand(turned, tuple(places)), _leading(product)
+    return query, Operand(right, (*places[:-2], places[-1], places[-2])), _leading(product)
 
 
 def _scores_of_einsum(product: fx.Node) -> tuple[Operand, Operand, tuple[int, ...]]:

@@ -105,7 +105,7 @@ class AttentionCall:
         self._at.replace_all_uses_with(result)
         if not is_seen:
             allow_strided(result)
-        erase_unused(attention.nodes)
+        erase_unused([*attention.turns, *attention.nodes])
 
     def _operand(self, operand: Operand, leading: tuple[int, ...]) -> fx.Node:
         node = operand.node

@@ -105,13 +105,14 @@ def _product(
 def _without_transpose(b: Any) -> tuple[Any, tuple[fx.Node, ...]]:
     """Look through swaps of the last two dimensions of the right operand; return it and them."""
     turns: list[fx.Node] = []
-    while isinstance(b, fx.Node) and _swaps_last_two(b):
+    while isinstance(b, fx.Node) and swaps_last_two(b):
         turns.insert(0, b)
         b = b.args[0]
     return b, tuple(turns)
 
 
-def _swaps_last_two(node: fx.Node) -> bool:
+def swaps_last_two(node: fx.Node) -> bool:
+    """Whether a node exchanges the last two dimensions of its argument, and does no more."""
     fake = fake_of(node)
     if fake is None or fake.dim() < 2:
         return False

@@ -116,6 +116,18 @@ def hugging_face(m: Step, x: Tensor, position: Tensor, written: Formula = write)
     return attend(m, q, repeat_kv(k, times).contiguous(), repeat_kv(v, times).contiguous(), seen(position))
 
 
+def by_hand(m: Step, x: Tensor, position: Tensor) -> Tensor:
+    """Attention in single steps over the cache, as transformers' eager attention is."""
+    q, k, v = heads(m, x)
+    cos, sin = m.cos[position], m.sin[position]
+    k, v = write(m, position, rotated(k, cos, sin), v)
+    k, v = (repeat_kv(part, HEADS // KV_HEADS) for part in (k, v))
+    scores = torch.matmul(rotated(q, cos, sin), k.transpose(2, 3)) * SIZE**-0.5
+    scores = scores + torch.where(seen(position), 0.0, torch.finfo(x.dtype).min)
+    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return m.o(torch.matmul(weights, v).transpose(1, 2).contiguous().reshape(BATCH, -1, HEADS * SIZE))
+
+
 def qwen(m: Step, x: Tensor, position: Tensor) -> Tensor:
     q, k, v = tokens_first(m, x)
     q, k, v = m.q_norm(q).transpose(1, 2), m.k_norm(k).transpose(1, 2), v.transpose(1, 2)

@@ -321,6 +321,14 @@ def test_a_tower_of_residual_norms_is_fused_throughout():
     assert fused == [False, True, True, True]
 
 
+def test_an_rms_norm_that_reads_an_rms_norm_is_a_kernel_too():
+    def twice(m, x):
+        inner = functional.rms_norm(x + m.square(x), (WIDTH,), m.weight, 1e-6)
+        return functional.rms_norm(inner, (WIDTH,), m.weight, 1e-6)
+
+    check_applied("rms_norm", Net(twice), X, expected=2)
+
+
 def test_two_norms_of_one_sum_both_read_it():
     def both(m, x, r):
         h = x + r

@@ -98,6 +98,12 @@ def test_a_decoding_step_is_one_kernel_however_it_is_spelt(name: str, tokens: in
     assert not torch.equal(model.k_cache, before)
 
 
+def test_a_step_by_hand_is_one_kernel_once_its_attention_is_one_call() -> None:
+    log = applied(Step(steps.by_hand), *steps.inputs(1), actions=("attention_by_hand", "cached_attention"))
+    assert [descriptor.action for descriptor in log.descriptors] == ["attention_by_hand", "cached_attention"]
+    assert log.descriptors[1].config["is_repetition_dropped"] is True
+
+
 def test_half_precision_keeps_its_result_and_caches() -> None:
     model = Step(steps.qwen).bfloat16()
     assert one(applied(model, *steps.inputs(1, torch.bfloat16), rtol=1.6e-2))

@@ -209,6 +209,17 @@ def test_a_post_norm_tower_is_fused_throughout():
     assert all(descriptor.config["is_residual_fused"] for descriptor in log.descriptors)
 
 
+def test_a_norm_that_reads_a_norm_is_a_kernel_too():
+    """As in DETR's decoder, whose last norm follows that of its last layer."""
+
+    def decoder(m, x):
+        y = m.ln(x + m.linear(x))
+        return m.up(m.bare_ln(y)), y
+
+    log = check_applied("layer_norm", decoder, ROWS, expected=2)
+    assert [descriptor.config["is_residual_fused"] for descriptor in log.descriptors] == [True, False]
+
+
 def test_a_sum_that_is_written_before_its_norm_is_not_fused():
     def written(m, x, r):
         h = x + r

@@ -45,7 +45,7 @@ def apply(
     if not norms:
         context.refuse(ACTION, "the graph has no LayerNorm over its last dimensions")
     descriptors = []
-    # A fused norm replaces the sum it reads; norms found later must read the new node.
+    # A norm is replaced, with the sum that it reads; norms found later must read the new nodes.
     moved: dict[fx.Node, fx.Node] = {}
     for norm in norms:
         x = moved.get(norm.x, norm.x)
@@ -121,5 +121,6 @@ def _replace(
         moved[x] = total
     normed.meta["example_value"] = fake_of(norm.result)
     norm.result.replace_all_uses_with(normed)
+    moved[norm.result] = normed
     erase_unused(gone)
     return descriptor
