@@ -90,8 +90,6 @@ def why_not_mergeable(group: Sequence[Linear], context: RewriteContext) -> str |
     """Return why these linears cannot become one, None when they can."""
     weights = [context.real_tensor(linear.weight) for linear in group]
     biases = [context.real_tensor(linear.bias) for linear in group if linear.bias is not None]
-    if biases and len(biases) != len(group):
-        return "some of the linears have a bias and some have none"
     if any(not context.is_weight(linear.weight) for linear in group):
         return "a weight is computed in the graph or is not a Parameter"
     if any(bias is None for bias in biases):
@@ -128,9 +126,15 @@ def merge(action: str, group: Sequence[Linear], context: RewriteContext) -> Patc
 
     weight = context.derive(action, [linear.weight for linear in group], concat, first.node, sides)
     bias = None
-    if first.bias is not None:
-        biases = [linear.bias for linear in group if linear.bias is not None]
-        bias = context.derive(f"{action}_bias", biases, _joined, first.node)
+    if any(linear.bias is not None for linear in group):
+        # One without a bias has zeros of its weight's width.
+        sources = [linear.weight if linear.bias is None else linear.bias for linear in group]
+        widths = tuple(size if linear.bias is None else 0 for linear, size in zip(group, sizes, strict=True))
+
+        def joined(*tensors: Tensor) -> Tensor:
+            return torch.cat([t.new_zeros(width) if width else t for t, width in zip(tensors, widths, strict=True)])
+
+        bias = context.derive(f"{action}_bias", sources, joined, first.node, widths)
     merged = context.call(first.node, torch._C._nn.linear, first.x, weight, bias)
     _record_fake(merged, fake_of(first.node), sum(sizes))
     start = 0
@@ -148,10 +152,6 @@ def merge(action: str, group: Sequence[Linear], context: RewriteContext) -> Patc
     for linear in group:
         graph.erase_node(linear.node)
     return descriptor
-
-
-def _joined(*biases: Tensor) -> Tensor:
-    return torch.cat(biases)
 
 
 def _out_features(linear: Linear, context: RewriteContext) -> int:

@@ -134,11 +134,20 @@ IMAGE = x_of(2, 3, 9, 7)
             functional.linear(x, m.a.weight).sum(-1) + torch.nn.functional.linear(x, weight=m.c.weight).sum(-1)
         ),
         lambda m, x: (m.biased(x).relu(), m.other(x).relu()),
+        lambda m, x: (m.a(x).relu(), m.biased(x).relu(), m.b(x)),
         lambda m, x: m.a(x).mul_(2) + m.b(x),
         lambda m, x: x @ m.a.weight.T + torch.matmul(x, m.b.weight.t()),
         lambda m, x: (x @ m.tall).relu() + m.a(x),
     ],
-    ids=["modules", "functions", "biases", "a result written in place", "matmul", "a turned weight"],
+    ids=[
+        "modules",
+        "functions",
+        "biases",
+        "one bias of three",
+        "a result written in place",
+        "matmul",
+        "a turned weight",
+    ],
 )
 @pytest.mark.parametrize("shape", [(2, 5, WIDTH), (1, WIDTH), (WIDTH,)])
 def test_linears_with_one_input_become_one(function, shape):
@@ -163,13 +172,12 @@ def test_two_inputs_make_two_groups():
     [
         ("share an input", lambda m, x: m.a(x) + m.b(x + 1)),
         ("share an input", lambda m, x: functional.silu(m.a(x)) * m.b(x)),
-        ("some have none", lambda m, x: (m.a(x), m.biased(x))),
         ("computed in the graph", lambda m, x: (m.a(x), functional.linear(x, m.b.weight * 2))),
         ("written between", lambda m, x: (m.a(x), x.add_(1), m.b(x))),
         ("written between", lambda m, x: (m.a(x), x[0].mul_(2), m.b(x))),
         ("writes to a weight", lambda m, x: (m.a(x), m.b(x), m.b.weight.clamp_(-9, 9))),
     ],
-    ids=["other input", "gate and up", "one bias", "computed weight", "input written", "view of it written", "weight"],
+    ids=["other input", "gate and up", "computed weight", "input written", "view of it written", "weight"],
 )
 def test_linears_that_cannot_be_merged_are_refused(because, function):
     check_refused("qkv_concat", Net(function), X.clone(), because=because)

@@ -3,8 +3,8 @@
 Trigger: two or more products with weights (linear, `x @ W`, addmm, einsum) on the same input node, less the gate and up
 pair of a gated MLP.
 Algebra: x @ A.T and x @ B.T are the column blocks of x @ concat(A, B).T; each output element is the same dot product.
-Guard: weights are Parameters with version counters, of one dtype, all with or all without bias, and neither they nor
-the input are written in between; the concatenated copy follows updates of its sources.
+Guard: weights are Parameters with version counters, of one dtype, and neither they nor the input are written in
+between; the concatenated copy follows updates of its sources. One without a bias among others has zeros.
 Source: horizontal GEMM fusion, as in fused QKV projections (Megatron-LM, arXiv 1909.08053, section 3).
 """
 
