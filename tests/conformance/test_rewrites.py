@@ -337,6 +337,11 @@ def test_an_rms_norm_that_reads_an_rms_norm_is_a_kernel_too():
     check_applied("rms_norm", Net(twice), X, expected=2)
 
 
+def test_the_rows_of_a_slice_are_normed_where_they_lie():
+    """As in DeepSeek's latent keys and values, the first part of a projection."""
+    check_applied("rms_norm", Net(lambda m, x: m.rms(x[..., :WIDTH]) * 2), x_of(2, 5, WIDTH + 3))
+
+
 def test_two_norms_of_one_sum_both_read_it():
     def both(m, x, r):
         h = x + r

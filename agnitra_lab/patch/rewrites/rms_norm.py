@@ -24,6 +24,7 @@ from agnitra_lab.patch.context import RewriteContext, erase_unused
 from agnitra_lab.patch.norms import RMSNorm, find_rms_norms
 from agnitra_lab.patch.ops import fake_of, is_written_between, memory_root
 from agnitra_lab.patch.residuals import input_at, residual_sum
+from agnitra_lab.patch.rows import has_plain_rows
 
 ACTION = "rms_norm"
 
@@ -64,8 +65,8 @@ def _why_not(norm: RMSNorm, x: fx.Node) -> str | None:
         return f"x, weight and result differ in dtype ({fake.dtype}, {weight.dtype}, {result.dtype})"
     if tuple(weight.shape) != tuple(fake.shape[-1:]) or result.shape != fake.shape:
         return "the weight is not one value per element of the last dimension"
-    if not fake.is_contiguous():
-        return "x is not contiguous"
+    if not has_plain_rows(fake) or not result.is_contiguous():
+        return "x is no rows of contiguous values, or the result is not contiguous"
     if is_written_between(memory_root(x), norm.nodes[0], norm.result):
         return "x is written while it is normed"
     return None
