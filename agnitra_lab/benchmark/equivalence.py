@@ -6,8 +6,9 @@ oracle -> compare values, layout, aliases, mutated inputs and module state. torc
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,8 +45,8 @@ from agnitra_lab.graph.tree import tensors
 
 # A ratio of errors over few effective elements scatters; a near miss is judged again on more seeds.
 _NEAR_MISS_RATIO, _NUM_EXTRA_SEEDS = 2.0, 5
-# Of two errors of one number each, one is often several times the other.
-_NEAR_MISS_RATIO_OF_FEW = 8.0
+# Of two errors of one number each, one is often several times the other: few numbers a seed take many seeds.
+_NEAR_MISS_RATIO_OF_FEW, _NUM_EXTRA_SEEDS_OF_FEW = 8.0, 29
 # Rounding of the oracle itself, relative to the output's size.
 _ORACLE_SLACK = 1e-8
 _MIN_LOGITS = 16
@@ -146,7 +147,7 @@ def verify(
             if not gate.run(seed):
                 break
         if gate.is_near_miss():
-            for extra in range(_NUM_EXTRA_SEEDS):
+            for extra in range(_NUM_EXTRA_SEEDS_OF_FEW if gate.has_few_numbers() else _NUM_EXTRA_SEEDS):
                 if not gate.run(max(seeds) + 1 + extra):
                     break
     gate.restore()
@@ -183,13 +184,19 @@ class _Errors:
             return None if self.error > _ORACLE_SLACK else 1.0
         return self.error / self.baseline_error
 
-    def worse_of(self, other: _Errors) -> _Errors:
-        """Return the larger of both, candidate's and baseline's each for itself."""
-        return _Errors(
-            max(self.error, other.error),
-            max(self.baseline_error, other.baseline_error),
-            max(self.rounding, other.rounding),
-        )
+    @classmethod
+    def of_seeds(cls, errors: Sequence[_Errors]) -> _Errors:
+        """Return what the errors on several seeds come to, candidate and baseline each for itself.
+
+        That is the largest, and of outputs of few numbers, whose largest is chance, the mean square's root.
+        """
+
+        def together(sizes: Sequence[float]) -> float:
+            return math.sqrt(sum(size**2 for size in sizes) / len(sizes)) if rounding else max(sizes)
+
+        rounding = max(each.rounding for each in errors)
+        own, baselines = [each.error for each in errors], [each.baseline_error for each in errors]
+        return cls(together(own), together(baselines), rounding)
 
     def problem(self) -> str:
         """Say what is too large, and what it may be."""
@@ -366,15 +373,19 @@ class _Gate:
         most = _NEAR_MISS_RATIO_OF_FEW if worst.rounding else _NEAR_MISS_RATIO
         return worst.error <= most * worst.baseline_error
 
+    def has_few_numbers(self) -> bool:
+        """Say whether the output that is furthest over its limit has few numbers."""
+        worst = self._worst_errors()
+        return worst is not None and worst.rounding > 0.0
+
     def _worst_errors(self) -> _Errors | None:
-        """Worst seed of each output, candidate and baseline; of these the output that is furthest over its limit."""
-        found: dict[str, _Errors] = {}
+        """Errors of all seeds of each output; of these the output that is furthest over its limit."""
+        found: dict[str, list[_Errors]] = {}
         for matches in self.matches:
             for name, leaf in matches:
                 if leaf.error is not None and leaf.baseline_error is not None:
-                    errors = _Errors(leaf.error, leaf.baseline_error, leaf.rounding)
-                    found[name] = found[name].worse_of(errors) if name in found else errors
-        return max(found.values(), key=lambda errors: errors.error / errors.limit, default=None)
+                    found.setdefault(name, []).append(_Errors(leaf.error, leaf.baseline_error, leaf.rounding))
+        return max(map(_Errors.of_seeds, found.values()), key=lambda errors: errors.error / errors.limit, default=None)
 
     def _value_problems(self) -> list[str]:
         problems: Counter[str] = Counter()

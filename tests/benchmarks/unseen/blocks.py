@@ -45,6 +45,27 @@ class GPTBlock(nn.Module):
         return x + self.mlp_proj(h)
 
 
+class CappedAttention(nn.Module):
+    """Gemma 2's attention in single steps: scores capped by tanh, a window of conditions as transformers makes them."""
+
+    def __init__(self, width: int, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.num_heads, self.window = num_heads, window
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, S, E = x.shape
+        q, k, v = self.qkv(x).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        places = torch.arange(S, device=x.device)
+        seen = places.new_ones((), dtype=torch.bool)
+        seen = seen & (places[None] <= places[:, None])
+        seen = seen & (places[:, None] - places[None] < self.window)
+        scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5 / 50.0) * 50.0
+        scores = scores + torch.where(seen, 0.0, torch.finfo(x.dtype).min)
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        return self.out(torch.matmul(weights, v).transpose(1, 2).reshape(B, S, E))
+
+
 class BidirectionalLSTM(nn.Module):
     """Stacked LSTMs in both directions, and a classifier of the last step."""
 
@@ -93,6 +114,13 @@ def relu_attention() -> Workload:
     batch, sequence, width, heads, longest = sized((8, 1024, 768, 12, 1024), (1, 16, 16, 2, 16))
     return workload("relu-attention", lambda: GPTBlock(width, heads, longest, is_relu=True),
                     values(batch, sequence, width), dtype=FP32)  # fmt: skip
+
+
+def capped_attention() -> Workload:
+    """One layer's attention of the widths of Gemma 2 9B."""
+    batch, sequence, width, heads = sized((2, 2048, 4096, 16), (1, 24, 32, 2))
+    return workload("capped-attention", lambda: CappedAttention(width, heads, sequence // 2),
+                    values(batch, sequence, width), dtype=torch.bfloat16)  # fmt: skip
 
 
 def bidirectional_lstm() -> Workload:

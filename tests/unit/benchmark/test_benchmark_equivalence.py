@@ -537,3 +537,39 @@ def test_the_relaxed_track_takes_what_the_exact_one_refuses() -> None:
 def test_no_seeds_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="seeds"):
         check(WORKLOAD, MODEL, seeds=())
+
+
+class TwoLogits(torch.nn.Module):
+    """A classifier of four numbers a seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(512, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(x))
+
+
+@pytest.mark.parametrize("first_seed", range(0, 90, 3))
+def test_few_numbers_are_judged_on_many_seeds_so_that_luck_refuses_nobody(first_seed: int) -> None:
+    model = TwoLogits()
+
+    def in_another_order(x: torch.Tensor) -> torch.Tensor:
+        products = torch.tanh(x)[:, None] * model.head.weight
+        return sum(products.split(64, dim=-1)).sum(-1) + model.head.bias
+
+    workload = Workload("logits", model, (torch.randn(2, 512),))
+    found = check(workload, in_another_order, seeds=(first_seed, first_seed + 1, first_seed + 2))
+    assert found.is_equivalent, found.problems
+
+
+def test_few_numbers_with_twice_the_error_are_refused_all_the_same() -> None:
+    model = TwoLogits()
+
+    def coarser(x: torch.Tensor) -> torch.Tensor:
+        exact = (torch.tanh(x.double()) @ model.head.weight.double().T + model.head.bias.double()).detach()
+        return (exact + 2.0 * (model(x).double() - exact)).float()
+
+    found = check(Workload("logits", model, (torch.randn(2, 512),)), coarser)
+    assert any("error against fp64" in problem for problem in found.problems)
