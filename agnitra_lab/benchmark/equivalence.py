@@ -418,7 +418,10 @@ class _Gate:
             elif errors.is_within_rounding_only:
                 self.notes[f"an error of {errors.rounding:.3g} is one rounding, and counts as none"] = None
         if self.matches and not self.is_input_sensitive:
-            problems.append("the output does not depend on the input: equivalence would prove nothing")
+            problems.append(
+                "the output does not depend on the input (a last layer of zeros, as some models begin with?): "
+                "equivalence would prove nothing"
+            )
         if any(leaf.is_judged_by_oracle for matches in self.matches for _, leaf in matches):
             self.notes["eager itself misses the share against fp64: the candidate's share against fp64 decided"] = None
         elif errors is not None:
