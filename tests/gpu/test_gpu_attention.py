@@ -27,16 +27,18 @@ def fresh_dynamo():
 
 
 class Hand(nn.Module):
-    """softmax(q k^T / sqrt(D), masked) v by hand; `kind` says which mask."""
+    """softmax(q k^T / sqrt(D), capped, masked) v by hand; `kind` says which mask."""
 
-    def __init__(self, kind: str, num_steps: int) -> None:
+    def __init__(self, kind: str, num_steps: int, cap: float | None = None) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.cap = kind, cap
         self.register_buffer("tril", torch.tril(torch.ones(num_steps, num_steps)))
         self.bias = nn.Parameter(torch.randn(1, 4, num_steps, num_steps))
 
     def forward(self, q, k, v, padding):
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+        if self.cap is not None:
+            scores = torch.tanh(scores / self.cap) * self.cap
         if self.kind == "causal":
             scores = scores.masked_fill(self.tril == 0, float("-inf"))
         elif self.kind == "padding, lowest":
@@ -82,6 +84,30 @@ def test_attention_by_hand_is_as_close_to_fp64_as_eager(kind, dtype, num_steps, 
     print([(descriptor.replacement, descriptor.config) for descriptor in patch.log().descriptors])
     if is_refused:
         return  # what is left is Inductor's own, which adds the lowest number without rounding the sum to fp16
+    with torch.no_grad():
+        ours, theirs = patch.model(*args), model(*args)
+        oracle = copy.deepcopy(model).double()(q.double(), k.double(), v.double(), padding)
+    assert ours.stride() == theirs.stride()
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert error_of(ours, oracle) <= 1.25 * error_of(theirs, oracle) + 1e-7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_steps", "size"), [(512, 64), (197, 128), (640, 256)])
+def test_capped_attention_is_as_close_to_fp64_as_eager(kind, dtype, num_steps, size):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(2, 4, num_steps, size, device="cuda", generator=generator).to(dtype) for _ in range(3))
+    padding = (torch.rand(2, num_steps, device="cuda", generator=generator) > 0.3).long()
+    model = Hand(kind, num_steps, cap=2.0).to("cuda", dtype).eval()
+    args = (q, k, v, padding)
+    patch = install(Workload("capped", model, args), ["capped_attention", "cuda_graph"], name="candidate")
+    made = [descriptor.action for descriptor in patch.log().descriptors]
+    if dtype is torch.float16 and kind == "padding, lowest":
+        assert "capped_attention" not in made
+        return
+    assert "capped_attention" in made, patch.log().refusals
+    print([descriptor.config for descriptor in patch.log().descriptors], patch.log().refusals)
     with torch.no_grad():
         ours, theirs = patch.model(*args), model(*args)
         oracle = copy.deepcopy(model).double()(q.double(), k.double(), v.double(), padding)
