@@ -56,13 +56,15 @@ def capped_attention(
     seen, buffers = (None, ()) if bias is None else _bias_at(bias)
 
     def score(scores: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor, *given: Tensor) -> Tensor:
+        # Said to be of the queries' dtype, they are fp32 in the kernel.
+        wide = scores.to(torch.float32)
         # By the sigmoid a tanh is two short instructions and off by 1e-7; fp32 rows would have that error.
-        squashed = 2.0 * torch.sigmoid(2.0 * scores) - 1.0 if is_half else torch.tanh(scores)
+        squashed = 2.0 * torch.sigmoid(2.0 * wide) - 1.0 if is_half else torch.tanh(wide)
         capped = squashed * scale
         if seen is None:
             return capped
         # The lowest numbers overflow where the kernel takes scores to base 2, and make NaN of a row that sees no key.
-        return capped + torch.clamp(seen(b, h, m, n, *given).to(capped.dtype), min=_HIDDEN)
+        return capped + torch.clamp(seen(b, h, m, n, *given).to(torch.float32), min=_HIDDEN)
 
     options = _apply_kernel_options(query, key, value, False, None)
     blocks = _block_mask(tables, Band(left, right), query.shape[-2], key.shape[-2], query.device)

@@ -17,7 +17,7 @@ from agnitra_lab.patch.flex import BLOCK, blocks_of
 from agnitra_lab.patch.install import install
 from agnitra_lab.patch.masks import Band
 
-BATCH, HEADS, STEPS, SIZE = 2, 3, 40, 16
+BATCH, HEADS, STEPS, SIZE = 2, 3, 130, 16
 INF = float("-inf")
 
 
@@ -49,7 +49,7 @@ def heads(seed: int, dtype: torch.dtype = torch.float32, *, steps: int = STEPS) 
 
 Q, K, V = map(heads, (1, 2, 3))
 PADDING = torch.ones(BATCH, STEPS, dtype=torch.int64)
-PADDING[0, 30:] = 0
+PADDING[0, 90:] = 0
 
 
 def check(function: Any, *args: Tensor, expected: int = 1, tolerance: float = 1e-5, is_lowered: bool = False) -> Any:

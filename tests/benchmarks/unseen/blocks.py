@@ -118,7 +118,7 @@ def relu_attention() -> Workload:
 
 def capped_attention() -> Workload:
     """One layer's attention of the widths of Gemma 2 9B."""
-    batch, sequence, width, heads = sized((2, 2048, 4096, 16), (1, 24, 32, 2))
+    batch, sequence, width, heads = sized((2, 2048, 4096, 16), (1, 130, 32, 2))
     return workload("capped-attention", lambda: CappedAttention(width, heads, sequence // 2),
                     values(batch, sequence, width), dtype=torch.bfloat16)  # fmt: skip
 
