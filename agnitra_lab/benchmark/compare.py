@@ -19,6 +19,7 @@ from agnitra_lab.contracts.measurement import Comparison, Equivalence, Latency
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device.info import device_of
 from agnitra_lab.errors import PatchError
+from agnitra_lab.graph.tree import untouched
 
 _SHORT_BUDGET_S, _SHORT_PAIRS = 0.5, 4
 # Share of the timing's budget that may go into drawing inputs.
@@ -66,9 +67,10 @@ def compare(
         PatchError, UsageError: when the candidate, or the baseline, raises on the workload's inputs.
     """
     known = reference or Reference(workload, baseline, precision_track=precision_track)
-    verified = verify(workload, candidate, seeds=seeds, reference=known)
-    inputs = FreshInputs(workload, seeds, draw_budget_s=DRAW_SHARE * budget_s, is_fresh=verified.agrees_by_prints)
-    timings = _time(workload, candidate, known.baseline, verified, inputs, budget_s, candidate_name, is_brief)
+    with untouched((workload.args, workload.kwargs)):
+        verified = verify(workload, candidate, seeds=seeds, reference=known)
+        inputs = FreshInputs(workload, seeds, draw_budget_s=DRAW_SHARE * budget_s, is_fresh=verified.agrees_by_prints)
+        timings = _time(workload, candidate, known.baseline, verified, inputs, budget_s, candidate_name, is_brief)
     least_ms = floor_ms * _FLOOR_SHARE[_device_type(workload)] if floor_ms is not None else 0.0
     if stats.latency(timings.baseline_ms).latency_ms_p50 < least_ms:
         floor_ms = None  # the ceiling was measured while others had the machine: every candidate would be too fast
@@ -110,14 +112,12 @@ def head_to_head(
         seeds: of the first inputs.
     """
     state = ModuleState(module_of(workload.model))
-    timings = time_pair(
-        baseline,
-        candidate,
-        FreshInputs(workload, seeds, draw_budget_s=DRAW_SHARE * budget_s),
-        device=device_of(module_of(workload.model), workload.args, workload.kwargs),
-        budget_s=budget_s,
-        reset=lambda side: state.restore(),
-    )
+    with untouched((workload.args, workload.kwargs)):
+        timings = time_pair(
+            baseline, candidate, FreshInputs(workload, seeds, draw_budget_s=DRAW_SHARE * budget_s),
+            device=device_of(module_of(workload.model), workload.args, workload.kwargs), budget_s=budget_s,
+            reset=lambda side: state.restore(),
+        )  # fmt: skip
     state.restore()
     names = (candidate_name, baseline_name)
     return _comparison(workload, names, timings, equivalence, seeds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -102,6 +103,26 @@ class Containers:
             elif item.keys() != before.keys() or any(item[name] is not before[name] for name in before):
                 item.clear()
                 item.update(before)
+
+
+@contextmanager
+def untouched(value: Any) -> Iterator[None]:
+    """Put back what a block does to the tensors of a value, and to the containers that hold them.
+
+    For inputs that nobody is given: code that was compiled for them may write to them whatever it is called with.
+    """
+    containers = Containers(value)
+    unique = {id(tensor): tensor for _, tensor in tensors(value)}.values()
+    kept = [(tensor, tensor.detach().clone()) for tensor in unique]
+    try:
+        yield
+    finally:
+        containers.restore()
+        for tensor, before in kept:
+            # By value, because compiled code writes past the version counter.
+            if not torch.equal(tensor, before):
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.copy_(before)
 
 
 def _rebuild(item: Any, change: Callable[[torch.Tensor], Any], replaced: dict[int, Any], made: dict[int, Any]) -> Any:

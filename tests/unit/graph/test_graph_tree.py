@@ -3,9 +3,10 @@
 import gc
 import weakref
 
+import pytest
 import torch
 
-from agnitra_lab.graph.tree import Containers, map_tensors, replace_tensors, tensors
+from agnitra_lab.graph.tree import Containers, map_tensors, replace_tensors, tensors, untouched
 
 
 def test_a_rebuilt_value_dies_with_its_last_reference_while_the_collector_is_off():
@@ -75,3 +76,15 @@ def test_containers_put_back_what_a_call_has_exchanged_added_or_taken_away():
     assert len(cache.layers) == 1 and cache.layers[0].keys is keys
     assert cache.length == 0 and not hasattr(cache, "extra")
     assert names["first"] is keys
+
+
+def test_what_a_block_does_to_a_value_that_it_was_not_given_is_put_back():
+    cache, nan = Cache(torch.ones(2)), torch.tensor([float("nan"), 1.0])
+    keys = cache.layers[0].keys
+    with pytest.raises(RuntimeError, match="out of luck"), untouched((cache, nan)):
+        keys.zero_()
+        nan.zero_()
+        cache.layers[0].keys = torch.zeros(5)
+        raise RuntimeError("out of luck")
+    assert cache.layers[0].keys is keys and bool((keys == 1).all())
+    assert nan.isnan().tolist() == [True, False]
