@@ -83,7 +83,7 @@ class Chooser:
         self._candidates: dict[str, Candidate] = {}
         self._found: dict[str, frozenset[str]] = {}
         self._all_changes: Candidate | None = None
-        self._num_graphs = 1
+        self._num_graphs, self._is_graphed = 1, True
         self.results: list[CandidateResult] = []
         self.patches: dict[str, Patch] = {}
 
@@ -106,7 +106,7 @@ class Chooser:
         ):
             if self._best_changed() == whole:
                 break
-        self._try_all(self._plan.second(self._best_compiled(), self._num_graphs))
+        self._try_all(self._plan.second(self._best_compiled(), self._num_graphs, is_graphed=self._is_graphed))
 
     def _try_all(self, candidates: Iterable[Candidate]) -> bool:
         """Try one after the other; return whether any was built."""
@@ -145,6 +145,7 @@ class Chooser:
         if candidate.mode == "default":
             self._note_compile(clock_s() - started_s, self._found[candidate.name])
             self._num_graphs = log.num_graphs
+            self._is_graphed = all(refusal.action != "cuda_graph" for refusal in log.refusals)
         self.results.append(self._screen(candidate.name, patch))
         self.patches[candidate.name] = patch
         self._drop_losers()

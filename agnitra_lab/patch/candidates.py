@@ -78,20 +78,21 @@ class Plan:
         name = "agnitra:as-laid-out" if candidate.changes else "torch.compile:as-laid-out"
         return self._allowed([Candidate(name, "default", (*kept, "as_laid_out"))])
 
-    def second(self, best: Candidate | None, num_graphs: int) -> list[Candidate]:
+    def second(self, best: Candidate | None, num_graphs: int, *, is_graphed: bool = True) -> list[Candidate]:
         """List what costs more, on top of the best of the opening round.
 
         Args:
             best: the fastest compiled candidate so far, None when there is none.
             num_graphs: how many graphs Dynamo makes of the model.
+            is_graphed: whether nothing kept the call from becoming a CUDA graph of ours, such as a cache object.
         """
-        rows = []
+        rows, is_whole = [], num_graphs == 1 and is_graphed
         if "combo_kernels" in self._possible:
             # Apart, because it compiles everything anew, and helps where independent small kernels are the time.
             name = "agnitra:combo-kernels" if best and best.changes else "torch.compile:combo-kernels"
             kept = best.actions if best else self._base
             rows.append(Candidate(name, "default", (*kept, "combo_kernels")))
-        if self._is_cuda and num_graphs != 1:
+        if self._is_cuda and not is_whole:
             # No graph of ours spans Python between two of Dynamo's; Inductor's own take each by itself.
             rows.append(Candidate("torch.compile:reduce-overhead", "reduce-overhead", is_raw=True))
         if "max_autotune" in self._possible or self._only is not None:
@@ -99,7 +100,7 @@ class Plan:
             is_ours = bool(best and best.changes)
             name = "agnitra:max-autotune" if is_ours else "torch.compile:max-autotune"
             rows.append(Candidate(name, "max-autotune", actions))
-            if num_graphs != 1 and self._is_cuda:
+            if self._is_cuda and not is_whole:
                 rows.append(Candidate("torch.compile:max-autotune", "max-autotune", is_raw=True))
         unique = {candidate.name: candidate for candidate in rows}
         return self._allowed(list(unique.values()))

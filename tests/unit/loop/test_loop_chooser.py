@@ -20,10 +20,13 @@ ACTIONS = ("cuda_graph", "qkv_concat", "rms_norm", "max_autotune")
 class Built:
     """What the chooser needs of a patch."""
 
-    def __init__(self, name, num_graphs=1, found=ACTIONS):
+    def __init__(self, name, num_graphs=1, found=ACTIONS, refused=()):
         self.name, self.is_discarded = name, False
         self._log = SimpleNamespace(
-            num_graphs=num_graphs, compile_s=0.1, descriptors=[SimpleNamespace(action=action) for action in found]
+            num_graphs=num_graphs,
+            compile_s=0.1,
+            descriptors=[SimpleNamespace(action=action) for action in found],
+            refusals=[SimpleNamespace(action=action) for action in refused],
         )
 
     def log(self):
@@ -57,14 +60,14 @@ def result_of(name, latency_ms, verdict="faster", eager_kernels_ms=None):
 
 def run(
     times_ms, *, budget_s=60.0, limit_ms=None, device="cuda", fails=(), num_graphs=1, found=ACTIONS, verdict="faster",
-    eager_kernels_ms=None,
+    eager_kernels_ms=None, refused=(),
 ):  # fmt: skip
     built = {}
 
     def build(candidate):
         if candidate.name in fails:
             raise PatchError("cannot be compiled")
-        built[candidate.name] = Built(candidate.name, num_graphs, found)
+        built[candidate.name] = Built(candidate.name, num_graphs, found, refused)
         return built[candidate.name]
 
     def screen(name, patch):
@@ -157,6 +160,14 @@ def test_losers_let_go_of_their_memory():
 def test_a_model_of_several_graphs_also_gets_inductors_own_cuda_graphs():
     chooser, _ = run({"agnitra": 4.0}, num_graphs=3)
     assert {"torch.compile:reduce-overhead", "torch.compile:max-autotune"} <= set(tried(chooser))
+
+
+def test_a_call_that_no_graph_of_ours_holds_is_tried_with_inductors_own():
+    """As one that is given a cache object, which Inductor's graphs may read in place."""
+    chooser, _ = run({"agnitra": 3.0}, refused=("cuda_graph",))
+    assert "torch.compile:reduce-overhead" in tried(chooser)
+    chooser, _ = run({"agnitra": 3.0}, refused=("layer_norm",))
+    assert "torch.compile:reduce-overhead" not in tried(chooser)
 
 
 def test_on_a_cpu_there_are_no_cuda_graphs():

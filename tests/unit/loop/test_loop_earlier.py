@@ -219,7 +219,7 @@ def chosen(record, times_ms):
     def build(candidate):
         built.append(candidate.name)
         changes = [SimpleNamespace(action=action) for action in candidate.changes]
-        log = SimpleNamespace(num_graphs=1, compile_s=0.1, descriptors=changes)
+        log = SimpleNamespace(num_graphs=1, compile_s=0.1, descriptors=changes, refusals=[])
         return SimpleNamespace(name=candidate.name, log=lambda: log, discard=lambda: None)
 
     plan = Plan(("rms_norm", "swiglu"), "cuda")
