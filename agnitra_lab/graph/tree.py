@@ -40,6 +40,12 @@ def tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
     return [(path, leaf) for path, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def writable_tensors(value: Any) -> list[torch.Tensor]:
+    """Return the tensors that a call may write to, each once: none whose elements share memory, as expanded ones do."""
+    unique = {id(tensor): tensor for _, tensor in tensors(value)}.values()
+    return [tensor for tensor in unique if torch._debug_has_internal_overlap(tensor) != 1]
+
+
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """Rebuild `value` with every tensor replaced by `change(tensor)`; a tensor met twice is replaced once."""
     return _rebuild(value, change, {}, {})
@@ -112,8 +118,7 @@ def untouched(value: Any) -> Iterator[None]:
     For inputs that nobody is given: code that was compiled for them may write to them whatever it is called with.
     """
     containers = Containers(value)
-    unique = {id(tensor): tensor for _, tensor in tensors(value)}.values()
-    kept = [(tensor, tensor.detach().clone()) for tensor in unique]
+    kept = [(tensor, tensor.detach().clone()) for tensor in writable_tensors(value)]
     try:
         yield
     finally:

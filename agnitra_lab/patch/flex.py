@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agnitra_lab.patch.masks import Band
+from agnitra_lab.patch.masks import HIDDEN, Band
 
 BLOCK = 128
-_HIDDEN = -1e30
 
 
 def capped_attention(
@@ -63,8 +62,7 @@ def capped_attention(
         capped = squashed * scale
         if seen is None:
             return capped
-        # The lowest numbers overflow where the kernel takes scores to base 2, and make NaN of a row that sees no key.
-        return capped + torch.clamp(seen(b, h, m, n, *given).to(torch.float32), min=_HIDDEN)
+        return capped + torch.clamp(seen(b, h, m, n, *given).to(torch.float32), min=HIDDEN)
 
     options = _apply_kernel_options(query, key, value, False, None)
     blocks = _block_mask(tables, Band(left, right), query.shape[-2], key.shape[-2], query.device)

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+HIDDEN = -1e30
+"""Added to any score a fused kernel keeps this value exactly, and times log2(e) it stays finite: the lowest number of
+the dtype overflows there, which makes NaN of a row that sees no key."""
+
 
 @dataclass(frozen=True)
 class Band:

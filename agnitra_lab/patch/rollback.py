@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from agnitra_lab.contracts.patch import RollbackProof
 from agnitra_lab.contracts.workload import Workload
-from agnitra_lab.graph.tree import Containers, leaves, map_tensors
-from agnitra_lab.graph.tree import tensors as tensors_in
+from agnitra_lab.graph.tree import Containers, leaves, map_tensors, writable_tensors
 
 _CHUNK = 1 << 24
 # Sums in another order at each call: over many elements two distances of that kind are nearly the same, over a few they
@@ -135,10 +134,8 @@ class MutableState:
         """Copy every buffer of the model and every tensor argument, those that caches hold among them."""
         model = workload.model
         given = (workload.args, dict(workload.kwargs))
-        candidates = [tensor for _, tensor in tensors_in(given)]
-        if isinstance(model, nn.Module):
-            candidates += list(model.buffers())
-        unique = list({id(tensor): tensor for tensor in candidates}.values())
+        buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+        unique = writable_tensors([given, buffers])
         saved = [tensor.detach().clone() for tensor in unique]
         return cls(unique, saved, list(map(_version, unique)), Containers(given))
 

@@ -15,12 +15,9 @@ from torch import Tensor, fx
 from agnitra_lab.patch.attention import Attention, Mask, UnfitError
 from agnitra_lab.patch.constants import Constants, is_of_the_model
 from agnitra_lab.patch.context import RewriteContext, infer
-from agnitra_lab.patch.masks import Band, allowed_keys, band_of, is_hiding
+from agnitra_lab.patch.masks import HIDDEN, Band, allowed_keys, band_of, is_hiding
 from agnitra_lab.patch.ops import fake_of, is_cast, memory_root, mutated_roots, value_name
 
-# Added to any score a fused kernel keeps this value exactly, and times log2(e) it stays finite: the lowest number of
-# the dtype overflows there, which makes NaN of a row that sees no key.
-_HIDDEN = -1e30
 _LEAST_FILL = -1e4
 
 
@@ -175,7 +172,7 @@ class _Additive:
             return -math.inf
         if self.dtype is torch.float16:
             raise UnfitError("float16 has no number low enough to replace a score in a sum")
-        return _HIDDEN
+        return HIDDEN
 
     def _add(self, total: fx.Node | None, mask: Mask) -> fx.Node:
         node = self._four(mask)
@@ -195,7 +192,7 @@ class _Additive:
             node = self._call("to", node, self.dtype)
         if fake.device.type == "cuda" and self.dtype is not torch.float16:
             is_infinite = self._call(torch.eq, node, -math.inf)
-            node = self._call(torch.where, is_infinite, node, self._call(torch.clamp, node, min=_HIDDEN))
+            node = self._call(torch.where, is_infinite, node, self._call(torch.clamp, node, min=HIDDEN))
         return node if total is None else self._call(torch.add, total, node)
 
     def _is_bias(self, node: fx.Node) -> bool:

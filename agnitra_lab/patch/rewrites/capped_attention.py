@@ -2,8 +2,8 @@
 
 Trigger: softmax(c * tanh(s * q k^T) + masks) v over the last dimension, as `agnitra_lab.patch.attention` finds it.
 Algebra: the same formula. Masks that are constant and a band around the diagonal (causal, a sliding window) become
-blocks that are skipped, in a buffer that changes later or not; others are added up in front of it, as for attention
-without a cap.
+blocks that are skipped, and a buffer among them that changes later sends calls to the original graph; others are added
+up in front of it, as for attention without a cap.
 Guard: scores and weights are used nowhere else, no dropout, operands of one dtype and not written in between. Scores
 that were rounded between the steps no longer are.
 Source: Gemma Team 2024, arXiv 2408.00118, section 2 (logit soft-capping); `torch.nn.attention.flex_attention`.

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from agnitra_lab.graph.tree import Containers, map_tensors, replace_tensors, tensors, untouched
+from agnitra_lab.graph.tree import Containers, map_tensors, replace_tensors, tensors, untouched, writable_tensors
 
 
 def test_a_rebuilt_value_dies_with_its_last_reference_while_the_collector_is_off():
@@ -88,3 +88,10 @@ def test_what_a_block_does_to_a_value_that_it_was_not_given_is_put_back():
         raise RuntimeError("out of luck")
     assert cache.layers[0].keys is keys and bool((keys == 1).all())
     assert nan.isnan().tolist() == [True, False]
+
+
+def test_an_expanded_tensor_is_nothing_that_a_call_could_have_written():
+    rows = torch.tensor([[float("nan")]]).expand(4, 3)
+    with untouched((rows,)):
+        pass
+    assert not writable_tensors((rows,)) and writable_tensors((rows.clone(), rows))[0].is_contiguous()
