@@ -41,9 +41,18 @@ def tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def writable_tensors(value: Any) -> list[torch.Tensor]:
-    """Return the tensors that a call may write to, each once: none whose elements share memory, as expanded ones do."""
+    """Return the tensors that a call may write to and that can be put back, each once.
+
+    None whose elements share memory, as expanded ones do, nor sparse, nested, quantised or meta tensors.
+    """
     unique = {id(tensor): tensor for _, tensor in tensors(value)}.values()
-    return [tensor for tensor in unique if torch._debug_has_internal_overlap(tensor) != 1]
+    return [tensor for tensor in unique if is_plain(tensor) and torch._debug_has_internal_overlap(tensor) != 1]
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is numbers in strided memory: not sparse, nested, quantised or meta."""
+    is_odd = tensor.is_nested or tensor.is_quantized or tensor.is_meta
+    return tensor.layout is torch.strided and not is_odd
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:

@@ -71,7 +71,7 @@ class Optimization:
     def __init__(self, workload: Workload, settings: Settings, on_checkpoint: Progress | None = None) -> None:
         store = RunStore(settings.artifacts)
         preflight.check_machine(store)
-        preflight.check_runs(workload)
+        preflight.check_comparable(workload)
         self.workload = workload
         self.settings = settings
         # A recording that cannot be read, or a budget without a price, is known before anything runs.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device.compiler import require_cpp_compiler
 from agnitra_lab.errors import UsageError
+from agnitra_lab.graph.tree import is_plain, tensors
 from agnitra_lab.loop.undisturbed import as_it_was
 from agnitra_lab.runs.store import RunStore
 
@@ -22,18 +25,36 @@ def check_machine(store: RunStore) -> None:
     require_cpp_compiler()
 
 
-def check_runs(workload: Workload) -> None:
-    """Call the workload once.
+def check_runs(workload: Workload) -> Any:
+    """Call the workload once, and return what it gives.
 
     Raises:
         UsageError: when the model does not take its inputs, with the model's own words.
     """
     try:
         with torch.no_grad(), as_it_was(workload):
-            workload()
+            return workload()
     except Exception as error:
         text = " ".join(str(error).split())[:400]
         raise UsageError(
             f"{workload.name} does not run on its inputs: {type(error).__name__}: {text}.",
             hint="Check the shapes, dtypes and devices of the inputs.",
         ) from error
+
+
+def check_comparable(workload: Workload) -> None:
+    """Call the workload once, and find out whether its results can be held against others.
+
+    Raises:
+        UsageError: as `check_runs`; and when it takes or gives tensors whose values nothing here could compare.
+    """
+    given = (workload.args, dict(workload.kwargs))
+    for what, value in (("input", given), ("output", check_runs(workload))):
+        for path, tensor in tensors(value):
+            if not is_plain(tensor):
+                kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else str(tensor.layout)
+                raise UsageError(
+                    f"{workload.name} has the {what}{path}, a tensor of {tensor.dtype} on {tensor.device} ({kind}).",
+                    hint="Only dense tensors of values can be compared: put a wrapper around the model that converts "
+                    "it.",
+                )

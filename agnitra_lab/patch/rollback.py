@@ -156,10 +156,10 @@ class MutableState:
     def restore(self) -> None:
         """Put the saved values back in place, and back into the caches that held them."""
         self.containers.restore()
-        with torch.no_grad():
-            for tensor, saved in zip(self.tensors, self.saved, strict=True):
-                with torch.inference_mode(tensor.is_inference()):
-                    tensor.copy_(saved)
+        for tensor, saved in zip(self.tensors, self.saved, strict=True):
+            # Leaving inference mode turns gradients on, and a leaf that requires them takes no write then.
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.copy_(saved)
 
 
 def _version(tensor: Tensor) -> int | None:

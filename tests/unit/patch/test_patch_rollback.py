@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from patch_models import Attention, Block, GatedMLP, build, formula_kernels, workload
 from torch import nn
 
+from agnitra_lab.contracts import Workload
 from agnitra_lab.patch.install import eager, install
 from agnitra_lab.patch.rollback import MutableState, fingerprint, keep_outputs, prove, run_original, same_bits
 
@@ -191,3 +193,20 @@ def test_a_cache_slot_that_is_filled_with_what_it_holds_counts_as_written() -> N
     run_original(workload)
     caches = {id(tensor) for name, tensor in workload.model.named_buffers() if "cache" in name}
     assert {id(tensor) for tensor in state.only_written().tensors} == caches
+
+
+@pytest.mark.parametrize("kind", ["plain", "leaf", "parameter", "inference", "float8"])
+def test_a_written_argument_of_any_kind_gets_its_values_back(kind: str) -> None:
+    with torch.inference_mode(kind == "inference"):
+        tensor = torch.ones(2)
+    if kind == "leaf":
+        tensor.requires_grad_()
+    elif kind == "parameter":
+        tensor = nn.Parameter(tensor)
+    elif kind == "float8":
+        tensor = tensor.to(torch.float8_e4m3fn)
+    state = MutableState.of(Workload("case", nn.Identity(), (tensor,)))
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.zero_()
+    state.only_written().restore()
+    assert tensor.float().sum() == 2
