@@ -133,7 +133,7 @@ def test_padding_that_comes_with_the_call_hides_its_keys(is_lowered):
     check(padded, Q, K, V, PADDING, is_lowered=is_lowered)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_it_is_as_close_to_fp64_as_the_single_steps(dtype):
     def gemma(m, q, k, v):
         return attend(capped(q @ k.mT * SIZE**-0.5, 50.0).masked_fill(~m.tril, INF), v)
@@ -153,21 +153,28 @@ def test_compiled_it_is_as_close_to_fp64_as_the_single_steps(dtype):
     assert error(ours) <= 1.25 * error(theirs)
 
 
-@pytest.mark.parametrize("is_lowered", [False, True])
-@pytest.mark.parametrize("fill", [INF, torch.finfo(torch.float32).min, -1e9], ids=["-inf", "lowest", "-1e9"])
-def test_a_row_that_sees_no_key_stays_what_it_was(fill, is_lowered):
+def filled(m, q, k, v, padding, fill):
+    return attend(capped(q @ k.mT).masked_fill(padding[:, None, None] == 0, fill), v)
+
+
+def added(m, q, k, v, padding, fill):
+    hidden = torch.zeros_like(padding, dtype=q.dtype).masked_fill(padding == 0, fill)
+    return attend(capped(q @ k.mT) + hidden[:, None, None], v)
+
+
+LOWEST = torch.finfo(torch.float32).min
+BLIND = {
+    "-inf": (filled, INF, False), "lowest": (filled, LOWEST, False), "-1e9": (filled, -1e9, False),
+    "-inf added": (added, INF, False), "lowest added": (added, LOWEST, False), "-inf compiled": (filled, INF, True),
+    "lowest added, compiled": (added, LOWEST, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "fill", "is_lowered"), BLIND.values(), ids=BLIND)
+def test_a_row_that_sees_no_key_stays_what_it_was(function, fill, is_lowered):
     blind = PADDING.clone()
     blind[1] = 0
-
-    def filled(m, q, k, v, padding):
-        return attend(capped(q @ k.mT).masked_fill(padding[:, None, None] == 0, fill), v)
-
-    def added(m, q, k, v, padding):
-        hidden = torch.zeros_like(padding, dtype=q.dtype).masked_fill(padding == 0, fill)
-        return attend(capped(q @ k.mT) + hidden[:, None, None], v)
-
-    check(filled, Q, K, V, blind, is_lowered=is_lowered)
-    check(added, Q, K, V, blind, is_lowered=is_lowered)
+    check(lambda *args: function(*args, fill), Q, K, V, blind, is_lowered=is_lowered)
 
 
 def test_pointwise_ops_may_follow_the_compiled_call():
