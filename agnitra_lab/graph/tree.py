@@ -77,7 +77,7 @@ def replace_tensors(
         return value
     if isinstance(value, list):
         value[:] = changed
-    elif isinstance(value, Mapping) and isinstance(value, dict):
+    elif isinstance(value, dict):
         for key, part in zip(list(value), changed, strict=True):
             value[key] = part
     elif is_record(value):
@@ -135,8 +135,14 @@ def untouched(value: Any) -> Iterator[None]:
         for tensor, before in kept:
             # By value, because compiled code writes past the version counter.
             if not torch.equal(tensor, before):
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(before)
+                put_back(tensor, before)
+
+
+def put_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Write values into a tensor, whatever is known of it to autograd."""
+    # Leaving inference mode turns gradients on, and a leaf that requires them takes no write then.
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(values)
 
 
 def _rebuild(item: Any, change: Callable[[torch.Tensor], Any], replaced: dict[int, Any], made: dict[int, Any]) -> Any:

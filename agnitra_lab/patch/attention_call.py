@@ -6,7 +6,7 @@ Shape legend: B batch, H heads, S queries, T keys, D and E head sizes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,20 @@ _VIEWS = ("permute", "unsqueeze", "expand", "reshape", "transpose", "view", "get
 _STRIDED = ("transpose", "permute", "unsqueeze", "squeeze", "swapaxes", "view", "reshape", "getitem")
 
 
-def why_not_movable(attention: Attention) -> str | None:
-    """Say why nothing can stand for an attention whatever kernel computes it; None where something can."""
+def why_not_movable(attention: Attention, dtypes: Collection[torch.dtype]) -> str | None:
+    """Say why no call can stand for an attention, whatever its sizes; None where one can.
+
+    Args:
+        attention: what was found.
+        dtypes: of the values, that the call takes.
+    """
     operands = (attention.query, attention.key, attention.value)
-    if any(fake_of(operand.node) is None for operand in operands):
+    fakes = [fake_of(operand.node) for operand in operands]
+    if any(fake is None for fake in fakes):
         return "shapes are not known"
+    value = fakes[-1]
+    if value is not None and value.dtype not in dtypes:
+        return f"attention in {value.dtype}"
     if not math.isfinite(attention.scale):
         return f"the scores are scaled by {attention.scale}"
     product, result = attention.nodes[0], attention.result

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from agnitra_lab.contracts.patch import RollbackProof
 from agnitra_lab.contracts.workload import Workload
-from agnitra_lab.graph.tree import Containers, leaves, map_tensors, writable_tensors
+from agnitra_lab.graph.tree import Containers, leaves, map_tensors, put_back, writable_tensors
 
 _CHUNK = 1 << 24
 # Sums in another order at each call: over many elements two distances of that kind are nearly the same, over a few they
@@ -157,9 +157,7 @@ class MutableState:
         """Put the saved values back in place, and back into the caches that held them."""
         self.containers.restore()
         for tensor, saved in zip(self.tensors, self.saved, strict=True):
-            # Leaving inference mode turns gradients on, and a leaf that requires them takes no write then.
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.copy_(saved)
+            put_back(tensor, saved)
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -61,13 +61,11 @@ def apply(
 
 
 def _why_not(attention: Attention) -> str | None:
-    problem = why_not_movable(attention)
+    problem = why_not_movable(attention, _DTYPES)
     if problem:
         return problem
     (head_size, width), value = head_sizes(attention), fake_of(attention.value.node)
     assert value is not None
-    if value.dtype not in _DTYPES:
-        return f"attention in {value.dtype}"
     if value.device.type == "cuda" and (value.dtype is torch.float64 or max(head_size, width) > _MAX_HEAD_SIZE):
         return f"no fused kernel takes head sizes {head_size} and {width} in {value.dtype}"
     if value.device.type != "cuda" and head_size != width:

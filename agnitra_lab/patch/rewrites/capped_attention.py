@@ -68,13 +68,11 @@ def apply(
 
 
 def _why_not(attention: Attention) -> str | None:
-    problem = why_not_movable(attention)
+    problem = why_not_movable(attention, _DTYPES)
     if problem:
         return problem
-    sizes, value, scores = head_sizes(attention), fake_of(attention.value.node), fake_of(attention.nodes[0])
-    assert value is not None and scores is not None
-    if value.dtype not in _DTYPES:
-        return f"attention in {value.dtype}"
+    sizes, scores = head_sizes(attention), fake_of(attention.nodes[0])
+    assert scores is not None
     if min(sizes) < _LEAST_HEAD_SIZE or max(sizes) > _LARGEST_HEAD_SIZE or sizes[0] != sizes[1]:
         return f"flex attention is not asked for head sizes {sizes[0]} and {sizes[1]}"
     if scores.shape[-2] < _LEAST_QUERIES:
