@@ -149,7 +149,8 @@ def _capture_segments(call: Callable[[], Any], cuts: Sequence[int], last: int | 
             if last is None or ops.count < last:
                 graphs[-1].capture_end()
         torch.cuda.synchronize()
-    return Segments(graphs, ops.tail), outputs
+    # The last product counts as left out only where it was: with other cuts alone it is in the last graph.
+    return Segments(graphs, None if last is None else ops.tail), outputs
 
 
 class _Ops(TorchDispatchMode):
