@@ -65,22 +65,12 @@ def _is_of_torch(function: Any) -> bool:
 
 @dataclass(frozen=True)
 class Written:
-    """The elements of one state tensor that either side writes: the candidate's, the baseline's, the fp64 oracle's."""
+    """The elements of a state tensor or an input that either side writes: as each leaves them, and the fp64 oracle."""
 
     name: str
     after: torch.Tensor
     wanted: torch.Tensor
     truth: torch.Tensor | None
-
-
-def effect_differs(before: torch.Tensor, after: torch.Tensor, wanted: torch.Tensor, least_rtol: float) -> bool:
-    """Say whether an input is left different: bit for bit if the baseline leaves it alone, else by the tolerance."""
-    if is_untouched(before, wanted):
-        return not is_untouched(before, after)
-    entry = written_part("", before, after, wanted, None)
-    if entry is None:
-        return True
-    return state_problem([entry], least_rtol=least_rtol, required_share=0.999) is not None
 
 
 def written_part(
@@ -162,7 +152,7 @@ def state_problem(written: Sequence[Written], *, least_rtol: float, required_sha
     """
     for entry in written:
         if not entry.wanted.is_floating_point() and not same_values(entry.after, entry.wanted):
-            return f"state {entry.name} is left different from what the baseline leaves"
+            return f"{entry.name} is left different from what the baseline leaves"
     floats = [entry for entry in written if entry.wanted.is_floating_point() and entry.wanted.numel()]
     if not floats:
         return None
@@ -170,13 +160,13 @@ def state_problem(written: Sequence[Written], *, least_rtol: float, required_sha
         rtol = max(least_rtol, rtol_of(entry.wanted.dtype))
         leaf = match(entry.after, entry.wanted, entry.truth, rtol=rtol, required_share=required_share)
         if reason := _reason(leaf, _share_by_chance(leaf)):
-            return f"state {entry.name} is left different from what the baseline leaves: {reason}"
+            return f"{entry.name} is left different from what the baseline leaves: {reason}"
     leaf = _match_together(floats, least_rtol, required_share)
     reason = _reason(leaf, leaf.required_share) or _error_problem(leaf)
     if reason is None:
         return None
     names = ", ".join(entry.name for entry in floats[:3]) + (", ..." if len(floats) > 3 else "")
-    return f"state {names} is left different from what the baseline leaves: {reason}"
+    return f"{names} is left different from what the baseline leaves: {reason}"
 
 
 def _match_together(floats: Sequence[Written], least_rtol: float, required_share: float) -> LeafMatch:

@@ -17,7 +17,7 @@ import torch
 
 from agnitra_lab.benchmark.effects import (
     Written,
-    effect_differs,
+    is_untouched,
     put_back_functions,
     state_problem,
     stray_mask,
@@ -25,7 +25,7 @@ from agnitra_lab.benchmark.effects import (
     written_part,
 )
 from agnitra_lab.benchmark.elements import RTOL, LeafMatch, match, rtol_of
-from agnitra_lab.benchmark.inputs import redraw, shifted_copy
+from agnitra_lab.benchmark.inputs import fixed_tensors, redraw, shifted_copy
 from agnitra_lab.benchmark.outputs import (
     Call,
     fingerprint,
@@ -41,7 +41,7 @@ from agnitra_lab.contracts.workload import Inputs, Workload
 from agnitra_lab.device.exclusive import exclusive
 from agnitra_lab.device.info import synchronize
 from agnitra_lab.errors import UsageError
-from agnitra_lab.graph.tree import tensors
+from agnitra_lab.graph.tree import tensors, untouched
 
 # A ratio of errors over few effective elements scatters; a near miss is judged again on more seeds.
 _NEAR_MISS_RATIO, _NUM_EXTRA_SEEDS = 2.0, 5
@@ -141,7 +141,7 @@ def verify(
     gate = _Gate(known, candidate, required_share)
     devices = [known.device] if known.device.type == "cuda" else []
     # The oracle in fp64 keeps the device busy, and another process may be timing.
-    with exclusive(), torch.random.fork_rng(devices):
+    with exclusive(), torch.random.fork_rng(devices), untouched(gate.places):
         gate.probe()
         for seed in seeds:
             if not gate.run(seed):
@@ -230,6 +230,7 @@ class _Gate:
         # An earlier check may have limited it to what its candidate wrote.
         self.baseline_state.limit_to(None)
         self.least_rtol = known.least_rtol
+        self.places = fixed_tensors(known.workload)
         self.written_names: set[str] = set()
         self.last_found: Call | None = None
 
@@ -241,7 +242,7 @@ class _Gate:
         if self.candidate_state is not self.baseline_state:
             # A module of its own has run as often as the baseline's before the first comparison.
             with suppress(Exception):
-                run_call(self.candidate, shifted_copy(self.reference.probe_inputs), self.candidate_state)
+                run_call(self.candidate, shifted_copy(self.reference.probe_inputs, self.places), self.candidate_state)
             self.candidate_state.begin_here()
 
     def run(self, seed: int) -> bool:
@@ -252,7 +253,7 @@ class _Gate:
         _poison(self.probe_call)
         torch.manual_seed(seed)
         try:
-            found = run_call(self.candidate, shifted_copy(inputs), self.candidate_state)
+            found = run_call(self.candidate, shifted_copy(inputs, self.places), self.candidate_state)
             synchronize(self.device)
         except Exception as error:
             self.problems[f"the candidate raised {first_line(error)}"] = None
@@ -302,30 +303,34 @@ class _Gate:
         self.matches.append(matches)
         self._compare_top1(found, wanted)
 
-    def _is_left_different(
-        self, before: torch.Tensor | None, after: torch.Tensor | None, wanted: torch.Tensor | None
-    ) -> bool:
-        if after is None or wanted is None:
-            return after is not wanted
-        # What an empty cache holds after the call was nowhere before.
-        return effect_differs(after.new_empty(0) if before is None else before, after, wanted, self.least_rtol)
-
     def _compare_effects(self, inputs: Inputs, found: Call, answer: Answer) -> None:
         wanted = answer.wanted
         given, have, want = (dict(tensors(value)) for value in (inputs, found.inputs_after, wanted.inputs_after))
-        for path in dict.fromkeys([*given, *have, *want]):
-            if self._is_left_different(given.get(path), have.get(path), want.get(path)):
-                self.are_inputs_unchanged = False
-                self.problems[f"input{path} is left different from what the baseline leaves"] = None
         written: list[Written] = []
+        for path in dict.fromkeys([*given, *have, *want]):
+            after, after_baseline = have.get(path), want.get(path)
+            if after is None or after_baseline is None:
+                self._add_effect_problem(f"input{path}")
+                continue
+            # What an empty cache holds after the call was nowhere before.
+            before = given[path] if path in given else after.new_empty(0)
+            if is_untouched(before, after_baseline):
+                if not is_untouched(before, after):
+                    self._add_effect_problem(f"input{path}")
+                continue
+            truth = answer.true_inputs.get(path)
+            entry = written_part(f"input{path}", before, after, after_baseline, truth)
+            if entry is None:
+                self._add_effect_problem(f"input{path}")
+            else:
+                written.append(entry)
         strays: dict[str, torch.Tensor] = {}
         for name in sorted(set(found.state_after) | set(wanted.state_after)):
             before, after_baseline = wanted.state_after.get(name) or (found.state_after[name][0],) * 2
             _, after = found.state_after.get(name) or (before, before)
-            truth = answer.true_state.get(name)
-            entry = written_part(name, before, after, after_baseline, truth)
+            entry = written_part(f"state {name}", before, after, after_baseline, answer.true_state.get(name))
             if entry is None:
-                self._add_state_problem(name)
+                self._add_effect_problem(f"state {name}")
                 continue
             written.append(entry)
             is_stray = stray_mask(before, after, after_baseline)
@@ -337,9 +342,9 @@ class _Gate:
             self.are_inputs_unchanged = False
             self.problems[problem] = None
 
-    def _add_state_problem(self, name: str, reason: str = "") -> None:
+    def _add_effect_problem(self, what: str, reason: str = "") -> None:
         self.are_inputs_unchanged = False
-        self.problems[f"state {name} is left different from what the baseline leaves{reason}"] = None
+        self.problems[f"{what} is left different from what the baseline leaves{reason}"] = None
 
     def _judge_strays(self, inputs: Inputs, strays: dict[str, torch.Tensor]) -> None:
         """Refuse changes to elements that the baseline does not write; the others are judged by their values."""
@@ -353,7 +358,7 @@ class _Gate:
         for name, is_stray in strays.items():
             num_strays = int((is_stray & ~masks[name] if name in masks else is_stray).sum())
             if num_strays:
-                self._add_state_problem(name, f": {num_strays} elements that it does not write")
+                self._add_effect_problem(f"state {name}", f": {num_strays} elements that it does not write")
 
     def _compare_top1(self, found: Call, wanted: Call) -> None:
         if self.workload.phase is None:

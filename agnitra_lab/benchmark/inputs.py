@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 
 from agnitra_lab.contracts.workload import Inputs, Workload
-from agnitra_lab.graph.tree import map_tensors
+from agnitra_lab.graph.tree import map_tensors, put_back, tensors
 
 # Additive attention masks hold such values for "never look here"; normal values of that size would overflow.
 _MASK_MAGNITUDE = 1e4
 _FIRST_FRESH_SEED = 1_000_003
 _NUM_KEPT = 3
+_MARK = "_dynamo_static_input_type"
 
 
 def redraw(workload: Workload, seed: int) -> Inputs:
@@ -35,7 +37,10 @@ def redraw(workload: Workload, seed: int) -> Inputs:
     def draw(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device not in generators:
             generators[tensor.device] = torch.Generator(device=tensor.device).manual_seed(seed)
-        return _draw_like(tensor.detach(), generators[tensor.device])
+        drawn = _draw_like(tensor.detach(), generators[tensor.device])
+        if _is_fixed(tensor):
+            setattr(drawn, _MARK, getattr(tensor, _MARK))
+        return drawn
 
     with torch.no_grad():
         return map_tensors((tuple(workload.args), dict(workload.kwargs)), draw)
@@ -60,6 +65,7 @@ class FreshInputs:
             is_fresh: False keeps to `seeds`.
         """
         self._workload = workload
+        self._places = fixed_tensors(workload)
         self._seeds = seeds
         self._left_s = draw_budget_s if is_fresh else 0.0
         self._kept: deque[tuple[int, Inputs]] = deque(maxlen=max(len(seeds), _NUM_KEPT))
@@ -70,7 +76,7 @@ class FreshInputs:
         while len(self._seed_of_round) <= index:
             self._add_round()
         wanted = self._seed_of_round[index]
-        return shifted_copy(next(inputs for seed, inputs in self._kept if seed == wanted))
+        return shifted_copy(next(inputs for seed, inputs in self._kept if seed == wanted), self._places)
 
     def seed(self, index: int) -> int:
         """Return the seed of a round that was asked for."""
@@ -89,13 +95,40 @@ class FreshInputs:
         self._seed_of_round.append(seed)
 
 
-def shifted_copy(inputs: Inputs) -> Inputs:
+def fixed_tensors(workload: Workload) -> list[torch.Tensor]:
+    """Return the inputs of a workload whose memory a caller has promised to keep (`torch._dynamo.mark_static_address`).
+
+    transformers promises it of static caches, for Inductor's CUDA graphs to write to them where they are. At another
+    address in each call they would be recorded anew each time, or not at all.
+    """
+    given = tensors((workload.args, dict(workload.kwargs)))
+    return list({id(tensor): tensor for _, tensor in given if _is_fixed(tensor)}.values())
+
+
+def shifted_copy(inputs: Inputs, places: Sequence[torch.Tensor] = ()) -> Inputs:
     """Copy inputs into new memory, with equal values, strides and alignment.
 
     While the caller keeps an earlier copy alive, no tensor of the new copy has the address of one of the earlier.
+
+    Args:
+        inputs: what is copied.
+        places: where those go whose memory is promised to stay, in their order; without them they move too.
     """
+    left = iter(places)
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        place = next(left, None) if places and _is_fixed(tensor) else None
+        if place is None or place.shape != tensor.shape or place.dtype != tensor.dtype:
+            return _copy(tensor)
+        put_back(place, tensor)
+        return place
+
     with torch.no_grad():
-        return map_tensors(inputs, _copy)
+        return map_tensors(inputs, copy)
+
+
+def _is_fixed(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, _MARK)
 
 
 def num_bytes(inputs: Inputs) -> int:

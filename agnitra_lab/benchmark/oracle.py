@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agnitra_lab.benchmark.state import ModuleState
 from agnitra_lab.contracts.workload import Inputs
-from agnitra_lab.graph.tree import map_tensors
+from agnitra_lab.graph.tree import map_tensors, tensors
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
 # Weights in double precision, and about as much again for what the call needs.
@@ -19,7 +19,11 @@ _MEMORY_FACTOR = 2.0
 
 
 class Oracle:
-    """A double-precision copy of a model. Calling it returns its outputs on upcast inputs."""
+    """A double-precision copy of a model. Calling it returns its outputs on upcast inputs.
+
+    Attributes:
+        inputs_after: path -> what the last call left in each of its inputs.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         """Copy the model.
@@ -33,6 +37,7 @@ class Oracle:
                 if isinstance(value, torch.Tensor) and value.dtype in _NARROW:
                     setattr(module, name, value.double())
         self._state = ModuleState(self._model)
+        self.inputs_after: dict[str, torch.Tensor] = {}
 
     def __call__(self, inputs: Inputs) -> Any:
         args, kwargs = map_tensors(inputs, _upcast)
@@ -41,7 +46,9 @@ class Oracle:
         torch.set_default_dtype(torch.float64)
         try:
             with torch.no_grad(), _KeepDouble():
-                return self._model(*args, **kwargs)
+                outputs = self._model(*args, **kwargs)
+            self.inputs_after = dict(tensors((args, kwargs)))
+            return outputs
         finally:
             torch.set_default_dtype(default_dtype)
 

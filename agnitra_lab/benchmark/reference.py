@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from agnitra_lab.benchmark.effects import is_untouched
 from agnitra_lab.benchmark.elements import RELAXED_RTOL, match, rtol_of
 from agnitra_lab.benchmark.inputs import num_bytes, redraw, shifted_copy
 from agnitra_lab.benchmark.oracle import Oracle, build_oracle, oracle_failure
@@ -40,12 +41,14 @@ class Answer:
         prints: fingerprints of its outputs.
         truths: the oracle's output leaves, None where there is no oracle.
         true_state: what the oracle left in the state tensors that the baseline wrote.
+        true_inputs: path -> what it left in the inputs that the baseline wrote.
     """
 
     wanted: Call
     prints: list[torch.Tensor]
     truths: list[Any] | None
     true_state: dict[str, torch.Tensor | None]
+    true_inputs: dict[str, torch.Tensor]
 
 
 class Reference:
@@ -144,6 +147,7 @@ class Reference:
         found = Answer(
             replace(wanted, live=[]), fingerprint(wanted.values), truths,
             {name: tensor.clone() if tensor is not None else None for name, tensor in true_state.items()},
+            self._true_inputs(inputs, wanted),
         )  # fmt: skip
         self._keep(seed, found)
         return found
@@ -178,6 +182,17 @@ class Reference:
         # The model may return a tensor of its own, which the next call overwrites.
         return [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in found]
 
+    def _true_inputs(self, inputs: Inputs, wanted: Call) -> dict[str, torch.Tensor]:
+        if self._oracle is None:
+            return {}
+        before, found = dict(tensors(inputs)), self._oracle.inputs_after
+        written = [
+            path
+            for path, tensor in tensors(wanted.inputs_after)
+            if path not in before or not is_untouched(before[path], tensor)
+        ]
+        return {path: found[path].detach().clone() for path in written if path in found}
+
     def _without_oracle(self, note: str) -> list[Any] | None:
         self._oracle = None
         self.notes[note] = None
@@ -185,7 +200,7 @@ class Reference:
 
     def _keep(self, seed: int, answer: Answer) -> None:
         held = (answer.wanted.values, answer.wanted.inputs_after, answer.wanted.state_after, answer.truths,
-                answer.true_state)  # fmt: skip
+                answer.true_state, answer.true_inputs)  # fmt: skip
         size = num_bytes(((held,), {}))
         if size <= self._left_bytes:
             self._left_bytes -= size

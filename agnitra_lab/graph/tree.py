@@ -27,7 +27,7 @@ def leaves(value: Any, path: str = "", above: frozenset[int] = frozenset()) -> I
         path: of the value.
         above: the objects that hold it.
     """
-    parts = _parts(value) if id(value) not in above else None
+    parts = parts_of(value) if id(value) not in above else None
     if parts is None:
         yield path, value
         return
@@ -69,7 +69,7 @@ def replace_tensors(
     """
     if isinstance(value, torch.Tensor):
         return change(value)
-    parts = _parts(value) if id(value) not in above else None
+    parts = parts_of(value) if id(value) not in above else None
     if parts is None:
         return value
     changed = [replace_tensors(part, change, above | {id(value)}) for _, part in parts]
@@ -84,7 +84,7 @@ def replace_tensors(
         for name, part in zip(_attributes(value), changed, strict=True):
             object.__setattr__(value, name, part)
     else:
-        return _with_parts(value, changed)
+        return with_parts(value, changed)
     return value
 
 
@@ -100,7 +100,7 @@ class Containers:
         waiting, seen = [value], set()
         while waiting:
             item = waiting.pop()
-            parts = _parts(item)
+            parts = parts_of(item)
             if parts is None or id(item) in seen:
                 continue
             seen.add(id(item))
@@ -154,16 +154,17 @@ def _rebuild(item: Any, change: Callable[[torch.Tensor], Any], replaced: dict[in
         return replaced[id(item)]
     if id(item) in made:
         return made[id(item)]
-    parts = _parts(item)
+    parts = parts_of(item)
     if parts is None:
         return item
     # What refers back to it meanwhile keeps what it has.
     made[id(item)] = item
-    made[id(item)] = _with_parts(item, [_rebuild(part, change, replaced, made) for _, part in parts])
+    made[id(item)] = with_parts(item, [_rebuild(part, change, replaced, made) for _, part in parts])
     return made[id(item)]
 
 
-def _parts(value: Any) -> list[tuple[str, Any]] | None:
+def parts_of(value: Any) -> list[tuple[str, Any]] | None:
+    """Return what a container holds, with the end of each part's path; None for a leaf."""
     if isinstance(value, torch.Tensor):
         return None
     if isinstance(value, Mapping):
@@ -208,7 +209,8 @@ def _attributes(value: Any) -> dict[str, Any]:
     return getattr(value, "__dict__", {})
 
 
-def _with_parts(value: Any, parts: list[Any]) -> Any:
+def with_parts(value: Any, parts: list[Any]) -> Any:
+    """Return a container like `value` that holds these parts, in the order of `parts_of`."""
     if isinstance(value, tuple):
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, list):

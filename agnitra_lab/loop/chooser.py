@@ -1,9 +1,9 @@
 """Build candidates one by one within a budget, judge each as it comes, and keep the best so far usable throughout.
 
-Rounds: what is cheap, with convolutions in eager's layout where another costs too many digits; then all changes less
-each one (greedy backward elimination, which is how interactions between changes show, and how one that spoils the whole
-is found); then what costs more, on top of the best. Each candidate is verified and timed once; the final A/B is the
-benchmark's.
+Rounds: what is cheap, with convolutions in eager's layout where another costs too many digits; Inductor's own CUDA
+graphs, where none of ours holds the call; then all changes less each one (greedy backward elimination, which is how
+interactions between changes show, and how one that spoils the whole is found); then what costs more, on top of the
+best. Each candidate is verified and timed once; the final A/B is the benchmark's.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Chooser:
         self._candidates: dict[str, Candidate] = {}
         self._found: dict[str, frozenset[str]] = {}
         self._all_changes: Candidate | None = None
-        self._num_graphs, self._is_graphed = 1, True
+        self._is_whole = True
         self.results: list[CandidateResult] = []
         self.patches: dict[str, Patch] = {}
 
@@ -101,12 +101,14 @@ class Chooser:
         self._try_all(self._plan.first())
         if self._best_compiled() is None and (inexact := self._inexact()) is not None:
             self._try_all(self._plan.as_laid_out(inexact))
+        if not self._is_whole:
+            self._try_all(self._plan.graphed_by_inductor(self._best_compiled()))
         while (whole := self._best_changed()) is not None and self._try_all(
             self._plan.without_one(whole, self._found.get(whole.name))
         ):
             if self._best_changed() == whole:
                 break
-        self._try_all(self._plan.second(self._best_compiled(), self._num_graphs, is_graphed=self._is_graphed))
+        self._try_all(self._plan.second(self._best_compiled(), is_whole=self._is_whole))
 
     def _try_all(self, candidates: Iterable[Candidate]) -> bool:
         """Try one after the other; return whether any was built."""
@@ -144,8 +146,7 @@ class Chooser:
         self._found[candidate.name] = frozenset(descriptor.action for descriptor in log.descriptors)
         if candidate.mode == "default":
             self._note_compile(clock_s() - started_s, self._found[candidate.name])
-            self._num_graphs = log.num_graphs
-            self._is_graphed = all(refusal.action != "cuda_graph" for refusal in log.refusals)
+            self._is_whole = patch.is_whole
         self.results.append(self._screen(candidate.name, patch))
         self.patches[candidate.name] = patch
         self._drop_losers()
@@ -161,7 +162,7 @@ class Chooser:
         result = rehearsed.result
         if candidate.mode == "default" and result.status != "failed":
             self._note_compile(clock_s() - started_s, candidate.changes)
-            self._num_graphs = rehearsed.num_graphs
+            self._is_whole = rehearsed.is_whole
         if contest.contenders([*self.results, result])[:1] == [result]:
             return True
         if result.status != "failed":
@@ -193,6 +194,9 @@ class Chooser:
             return None
         if candidate.mode == "default" and self._best_compiled() is None:
             # Whatever the budget: the answer must not be slower than plain torch.compile for want of a look at it.
+            return None
+        if candidate.is_raw and candidate.mode == "reduce-overhead":
+            # The same of the mode that is faster where nothing of ours spares the launches.
             return None
         expected_s = self._expected_s(candidate)
         if spent_s + expected_s > self._budget_s:

@@ -52,11 +52,11 @@ class Rehearsed:
 
     Attributes:
         result: its row; "failed" with the reason where it ended the process or hung.
-        num_graphs: graphs that Dynamo made of the model.
+        is_whole: as `Patch.is_whole`.
     """
 
     result: CandidateResult
-    num_graphs: int = 1
+    is_whole: bool = True
 
 
 class Rehearsal:

@@ -41,8 +41,7 @@ def rehearse(part: Part) -> Rehearsed:
             reference.workload, patch.model, candidate_name=name, budget_s=part.timing_s, peaks=part.peaks,
             reference=reference, is_brief=True,
         )  # fmt: skip
-        log = patch.log()
-        return Rehearsed(contest.judge(name, found, log.compile_s), log.num_graphs)
+        return Rehearsed(contest.judge(name, found, patch.log().compile_s), patch.is_whole)
     except AgnitraError as error:
         return Rehearsed(CandidateResult(name=name, status="failed", reason=str(error)[:500]))
     finally:

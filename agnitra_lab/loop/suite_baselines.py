@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from agnitra_lab.benchmark.inputs import redraw, shifted_copy
+from agnitra_lab.benchmark.inputs import fixed_tensors, redraw, shifted_copy
 from agnitra_lab.benchmark.state import ModuleState
 from agnitra_lab.contracts.suite import EAGER
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device.exclusive import exclusive, waited_s
 from agnitra_lab.device.info import synchronize
+from agnitra_lab.graph.tree import untouched
 
 MODES = {"cuda": ("default", "reduce-overhead", "max-autotune"), "cpu": ("default",)}
 """Modes by device. On a CPU reduce-overhead is the default under another name."""
@@ -88,13 +89,15 @@ def run_once(
     workload: Workload, call: Callable[..., Any], state: ModuleState, device: torch.device, *, seed: int = 0
 ) -> None:
     """Call once on inputs of its own and wait for the device; what the call wrote to the model is put back."""
-    args, kwargs = shifted_copy(redraw(workload, seed))
-    try:
-        with torch.no_grad():
-            call(*args, **kwargs)
-        synchronize(device)
-    finally:
-        state.restore()
+    places = fixed_tensors(workload)
+    with untouched(places):
+        args, kwargs = shifted_copy(redraw(workload, seed), places)
+        try:
+            with torch.no_grad():
+                call(*args, **kwargs)
+            synchronize(device)
+        finally:
+            state.restore()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from agnitra_lab.benchmark import stats
 from agnitra_lab.benchmark.compare import DRAW_SHARE, timed_problems, with_problems
 from agnitra_lab.benchmark.equivalence import Verified, verify
-from agnitra_lab.benchmark.inputs import FreshInputs
+from agnitra_lab.benchmark.inputs import FreshInputs, fixed_tensors
 from agnitra_lab.benchmark.reference import Reference
 from agnitra_lab.benchmark.state import ModuleState, module_of
 from agnitra_lab.benchmark.timing import GroupTimings, time_group
@@ -28,6 +28,7 @@ from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device import info
 from agnitra_lab.device.exclusive import take_turns, waited_s
 from agnitra_lab.errors import AgnitraError, TargetError
+from agnitra_lab.graph.tree import untouched
 from agnitra_lab.loop import suite_baselines as baselines
 from agnitra_lab.loop.optimization import Optimization
 from agnitra_lab.loop.settings import Settings
@@ -168,10 +169,11 @@ class _Contest:
             self.workload, _SEEDS, draw_budget_s=DRAW_SHARE * self.given.timing_s, is_fresh=is_fresh
         )
         state = self.verified[OURS].baseline_state if OURS in self.verified else self.state
-        self.timings = time_group(
-            calls, self.inputs, device=self.device, budget_s=self.given.timing_s, min_rounds=_MIN_ROUNDS,
-            reset=lambda side: state.restore(),
-        )  # fmt: skip
+        with untouched(fixed_tensors(self.workload)):
+            self.timings = time_group(
+                calls, self.inputs, device=self.device, budget_s=self.given.timing_s, min_rounds=_MIN_ROUNDS,
+                reset=lambda side: state.restore(),
+            )  # fmt: skip
         state.put_back()
 
     def result(self, wall_s: float, phases_s: dict[str, float]) -> SuiteResult:

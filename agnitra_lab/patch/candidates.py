@@ -78,23 +78,35 @@ class Plan:
         name = "agnitra:as-laid-out" if candidate.changes else "torch.compile:as-laid-out"
         return self._allowed([Candidate(name, "default", (*kept, "as_laid_out"))])
 
-    def second(self, best: Candidate | None, num_graphs: int, *, is_graphed: bool = True) -> list[Candidate]:
+    def graphed_by_inductor(self, best: Candidate | None) -> list[Candidate]:
+        """List what Inductor's own CUDA graphs hold, where none of ours holds the whole call.
+
+        Each of them takes one of the graphs between which Python runs, which no graph of ours spans.
+
+        Args:
+            best: the fastest compiled candidate so far, None when there is none.
+        """
+        if not self._is_cuda:
+            return []
+        rows = [Candidate("torch.compile:reduce-overhead", "reduce-overhead", is_raw=True)]
+        if best is not None and best.changes:
+            kept = tuple(name for name in best.actions if name not in ("cuda_graph", "freezing"))
+            rows.append(Candidate("agnitra:reduce-overhead", "reduce-overhead", kept))
+        return self._allowed(rows)
+
+    def second(self, best: Candidate | None, *, is_whole: bool = True) -> list[Candidate]:
         """List what costs more, on top of the best of the opening round.
 
         Args:
             best: the fastest compiled candidate so far, None when there is none.
-            num_graphs: how many graphs Dynamo makes of the model.
-            is_graphed: whether nothing kept the call from becoming a CUDA graph of ours, such as a cache object.
+            is_whole: whether one CUDA graph of ours holds the call.
         """
-        rows, is_whole = [], num_graphs == 1 and is_graphed
+        rows = []
         if "combo_kernels" in self._possible:
             # Apart, because it compiles everything anew, and helps where independent small kernels are the time.
             name = "agnitra:combo-kernels" if best and best.changes else "torch.compile:combo-kernels"
             kept = best.actions if best else self._base
             rows.append(Candidate(name, "default", (*kept, "combo_kernels")))
-        if self._is_cuda and not is_whole:
-            # No graph of ours spans Python between two of Dynamo's; Inductor's own take each by itself.
-            rows.append(Candidate("torch.compile:reduce-overhead", "reduce-overhead", is_raw=True))
         if "max_autotune" in self._possible or self._only is not None:
             actions = tuple(name for name in best.actions if name != "freezing") if best else self._base
             is_ours = bool(best and best.changes)
@@ -128,7 +140,8 @@ class Plan:
     def names(self) -> list[str]:
         """Return every name that a plan on this device could hold."""
         ours, plain = Candidate("agnitra", "default", self._changes), Candidate("torch.compile", "default")
-        rows = [*self.first(), *self.second(None, 2), *self.second(ours, 2)]
+        rows = [*self.first(), *self.graphed_by_inductor(ours), *self.second(None, is_whole=False)]
+        rows += self.second(ours, is_whole=False)
         rows += [*self.as_laid_out(ours), *self.as_laid_out(plain)]
         return list(dict.fromkeys(row.name for row in rows))
 

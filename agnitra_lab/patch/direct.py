@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from agnitra_lab.errors import PatchError
+from agnitra_lab.patch.ends import Arguments, Result, changes, flat, held
 from agnitra_lab.patch.liveness import Liveness
 from agnitra_lab.patch.signature import PLAIN
 
@@ -27,8 +28,12 @@ class DirectCall:
         compiled: the function that Dynamo compiled.
         record: runs its argument and returns the result, and (run, arguments, outputs) of every graph call inside.
         liveness: the model's tensors.
-        args: positional arguments of the traced call.
-        kwargs: keyword arguments.
+        arguments: of the traced call.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Attributes:
+        result: how a result is put together from the tensors that a call returns.
 
     Raises:
         PatchError: when the call is more than one graph of inputs and weights, with the reason.
@@ -39,34 +44,38 @@ class DirectCall:
         compiled: Callable[..., Any],
         record: Callable[[Callable[[], Any]], tuple[Any, list[tuple[Any, Sequence[Any], Any]]]],
         liveness: Liveness,
+        arguments: Arguments,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> None:
-        leaves = flat_inputs(args, kwargs)
+        given = arguments.given
+        before = held(given)
         with unchanged_attributes(liveness):
             result, calls = record(lambda: compiled(*args, **kwargs))
         if len(calls) != 1:
             raise PatchError(f"the call runs {len(calls)} compiled graphs, with Python between them")
         self._graph, graph_args, graph_outputs = calls[0]
-        self._arguments, self._slots = _argument_map(graph_args, leaves, liveness)
+        self._arguments, self._slots = _argument_map(graph_args, given, liveness)
         outputs = list(graph_outputs) if isinstance(graph_outputs, (tuple, list)) else [graph_outputs]
-        result_leaves, self._structure = _pytree.tree_flatten(result)
-        self._is_single = len(result_leaves) == 1 and result is result_leaves[0]
-        self._sources = [_source_of(leaf, outputs, leaves, liveness) for leaf in result_leaves]
+        changed = changes(before, given)
+        self.result = Result(result, given, changed)
+        self._sources = [_source_of(tensor, outputs, given, liveness) for tensor in flat(result, changed)]
 
-    def __call__(self, given: Sequence[Any]) -> Any:
+    def __call__(self, given: Sequence[Any]) -> list[Tensor]:
         """Run the graph.
 
         Args:
-            given: the call's input leaves, in the order of `flat_inputs`.
+            given: what the call is given, as `Arguments` reads it.
+
+        Returns:
+            The tensors of the result and of what else the call changes, in the order of `flat`.
         """
         arguments = self._arguments.copy()
         for slot, index in self._slots:
             arguments[slot] = given[index]
         outputs = self._graph(*arguments)
         kinds: dict[str, Any] = {"output": outputs, "input": given}
-        leaves = [kinds[kind][value] if kind in kinds else value for kind, value in self._sources]
-        return leaves[0] if self._is_single else _pytree.tree_unflatten(leaves, self._structure)
+        return [kinds[kind][value] if kind in kinds else value for kind, value in self._sources]
 
 
 @contextmanager
@@ -83,16 +92,11 @@ def unchanged_attributes(liveness: Liveness) -> Iterator[None]:
         raise PatchError("the model replaces a tensor attribute at each call")
 
 
-def flat_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the leaves of a call's arguments, positional ones first."""
-    return list(_pytree.tree_leaves((args, dict(kwargs))))
-
-
 def _argument_map(
-    graph_args: Sequence[Any], leaves: Sequence[Any], liveness: Liveness
+    graph_args: Sequence[Any], given: Sequence[Any], liveness: Liveness
 ) -> tuple[list[Any], list[tuple[int, int]]]:
-    """Return the arguments with the weights in place, and (argument, input leaf) for each of the others."""
-    of_input = {id(leaf): index for index, leaf in reversed(list(enumerate(leaves))) if isinstance(leaf, Tensor)}
+    """Return the arguments with the weights in place, and (argument, place in `given`) for each of the others."""
+    of_input = {id(value): index for index, value in reversed(list(enumerate(given))) if isinstance(value, Tensor)}
     is_weight = set(map(id, liveness.tensors))
     arguments: list[Any] = []
     slots: list[tuple[int, int]] = []
@@ -107,21 +111,21 @@ def _argument_map(
     return arguments, slots
 
 
-def _source_of(leaf: Any, outputs: Sequence[Any], leaves: Sequence[Any], liveness: Liveness) -> tuple[str, Any]:
-    for kind, values in (("output", outputs), ("input", leaves)):
+def _source_of(tensor: Tensor, outputs: Sequence[Any], given: Sequence[Any], liveness: Liveness) -> tuple[str, Any]:
+    for kind, values in (("output", outputs), ("input", given)):
         for index, value in enumerate(values):
-            if isinstance(leaf, Tensor) and value is leaf:
+            if value is tensor:
                 return kind, index
-    if any(tensor is leaf for tensor in liveness.tensors) or isinstance(leaf, PLAIN):
-        return "constant", leaf
-    raise PatchError(f"the result holds a {type(leaf).__name__} that the graph does not return")
+    if any(each is tensor for each in liveness.tensors):
+        return "constant", tensor
+    raise PatchError(f"the result holds a {type(tensor).__name__} that the graph does not return")
 
 
 def _is_on_cuda(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type == "cuda"
 
 
-def untracked_memory(call: Callable[[], Any], leaves: Sequence[Any], liveness: Liveness) -> str | None:
+def untracked_memory(call: Callable[[], Any], given: Sequence[Any], liveness: Liveness) -> str | None:
     """Run a call and return which op reads memory that is no input, weight or result of the call; None for none.
 
     A CUDA graph would go on reading that memory after the model has replaced it, and nothing would notice.
@@ -129,14 +133,14 @@ def untracked_memory(call: Callable[[], Any], leaves: Sequence[Any], liveness: L
     from torch.utils._python_dispatch import TorchDispatchMode
 
     # Results are kept, so that none of their addresses is used twice.
-    alive: list[Tensor] = [leaf for leaf in [*leaves, *liveness.tensors] if isinstance(leaf, Tensor)]
+    alive: list[Tensor] = [leaf for leaf in [*given, *liveness.tensors] if isinstance(leaf, Tensor)]
     known = {tensor.untyped_storage().data_ptr() for tensor in alive}
     found: list[str] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            given = [value for value in _pytree.tree_leaves((args, kwargs or {})) if _is_on_cuda(value)]
-            if any(value.numel() and value.untyped_storage().data_ptr() not in known for value in given):
+            read = [value for value in _pytree.tree_leaves((args, kwargs or {})) if _is_on_cuda(value)]
+            if any(value.numel() and value.untyped_storage().data_ptr() not in known for value in read):
                 found.append(str(func))
             result = func(*args, **(kwargs or {}))
             for value in _pytree.tree_leaves(result):

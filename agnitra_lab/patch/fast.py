@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agnitra_lab.device.exclusive import exclusive
-from agnitra_lab.patch.direct import flat_inputs
+from agnitra_lab.patch.ends import Arguments, Result
 from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.weights import WeightGuard
 
-Run = Callable[[Sequence[Any]], Any]
+Run = Callable[[Sequence[Any]], Sequence[Tensor]]
+"""What a call is given, as `Arguments` reads it -> the tensors of its result, as `Result` orders them."""
 Check = Callable[[], "str | None"]
 _NUM_TIMED_CALLS, _FEWEST_TIMED_CALLS, _TIMED_S = 15, 3, 1.0
+
+
+class Ends:
+    """What a call is given and returns.
+
+    Attributes:
+        arguments: reads what it is given.
+        result: puts together what it returns.
+        written: places, in what it is given, of the tensors that it writes to.
+    """
+
+    def __init__(self, arguments: Arguments, result: Result, written: Collection[int]) -> None:
+        self.arguments, self.result, self.written = arguments, result, sorted(written)
+        self._pieces = [
+            (index, _num_bytes(value), index in written)
+            for index, value in enumerate(arguments.given)
+            if isinstance(value, Tensor)
+        ]
+
+    def are_apart(self, given: Sequence[Any]) -> bool:
+        """Whether no tensor that the call writes to lies in the memory of another input.
+
+        A graph has memory of its own for each of them; what is written to one would not be seen in the other.
+        """
+        if not self.written:
+            return True
+        return are_apart((given[index].data_ptr(), size, is_written) for index, size, is_written in self._pieces)
 
 
 class FastPath:
@@ -33,6 +61,7 @@ class FastPath:
         self,
         name: str,
         run: Run,
+        ends: Ends,
         checks: Sequence[Check],
         guards: Sequence[WeightGuard],
         *,
@@ -42,13 +71,15 @@ class FastPath:
 
         Args:
             name: "direct" or "cuda_graph".
-            run: takes the input leaves, returns the call's result.
+            run: the call itself.
+            ends: what it is given and returns.
             checks: each says what has changed since the path was made, None for nothing.
             guards: of the derived weights that it reads.
             is_pure: it writes neither inputs nor state of the model.
         """
         self.name = name
         self._run = run
+        self._ends = ends
         self._checks = list(checks)
         self._guards = list(guards)
         self._is_pure = is_pure
@@ -61,14 +92,16 @@ class FastPath:
         Returns:
             The outputs and None, or None and what has changed.
         """
-        given = flat_inputs(args, kwargs) if kwargs or not all(map(_is_tensor, args)) else args
+        given = self._ends.arguments(args, kwargs) if kwargs or not all(map(_is_tensor, args)) else args
+        if not self._ends.are_apart(given):
+            return None, "inputs share memory"
         if torch.is_inference_mode_enabled() and not any(map(_is_inference, given)):
             with torch.inference_mode(False), torch.no_grad():
                 return self._checked(given)
         return self._checked(given)
 
     def _checked(self, given: Sequence[Any]) -> tuple[Any, str | None]:
-        outputs = self._run(given) if self._is_pure else None
+        made = self._run(given) if self._is_pure else ()
         if self._loaded is not None:
             self._loaded.load(given)
         reason = self._difference()
@@ -78,8 +111,10 @@ class FastPath:
         if any(guard.is_broken for guard in self._guards):
             return None, "weights changed"
         if self._loaded is not None:
-            return self._loaded.replay(), None
-        return (self._run(given) if is_stale or not self._is_pure else outputs), None
+            made = self._loaded.replay(given)
+        elif is_stale or not self._is_pure:
+            made = self._run(given)
+        return self._ends.result(made, given), None
 
     def _difference(self) -> str | None:
         for check in self._checks:
@@ -93,8 +128,25 @@ class FastPath:
         return any([guard.refresh_stale() for guard in self._guards])
 
 
-def walls_ms(paths: Sequence[FastPath], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[float]:
-    """Return the wall time of one call by each path in ms, idle to idle; it writes state as the call does.
+def are_apart(spans: Iterable[tuple[int, int, bool]]) -> bool:
+    """Whether none of these pieces of memory that are written reaches into another piece.
+
+    Args:
+        spans: address, bytes, and whether it is written.
+    """
+    end, was_written = 0, False
+    for address, num_bytes, is_written in sorted(spans):
+        if address < end and (is_written or was_written):
+            return False
+        if address + num_bytes > end:
+            end, was_written = address + num_bytes, is_written
+    return True
+
+
+def walls_ms(
+    paths: Sequence[FastPath], args: tuple[Any, ...], kwargs: Mapping[str, Any], restore: Callable[[], None]
+) -> list[float]:
+    """Return the wall time of one call by each path in ms, idle to idle; `restore` puts back what it writes.
 
     In turns, and the lower fifth of each one's times: what a busy machine adds to a path that waits for its host says
     nothing of it. A pointwise op over 268 MB was given a CUDA graph for that, which copies its input: 0.26 ms of an
@@ -107,6 +159,7 @@ def walls_ms(paths: Sequence[FastPath], args: tuple[Any, ...], kwargs: Mapping[s
             if turn >= _FEWEST_TIMED_CALLS and time.perf_counter() - began > _TIMED_S:
                 break
             for path, times in zip(paths, samples, strict=True):
+                restore()
                 _wait()
                 started = time.perf_counter()
                 path(args, kwargs)
@@ -122,6 +175,13 @@ def _wait() -> None:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    if tensor.numel() == 0:
+        return 0
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return span * tensor.element_size()
 
 
 def _is_inference(value: Any) -> bool:

@@ -11,58 +11,69 @@ caller holds any more. A decoder that returns its grown cache (268 MB, OPT, batc
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from agnitra_lab.device.graphs import Segments, capture
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.liveness import Liveness
 from agnitra_lab.patch.output_strides import OutputStrides, copied
-from agnitra_lab.patch.signature import PLAIN
 
 _NUM_WARM_CALLS = 3
 _FEW_INPUTS = 2
 _LEAST_LENT_BYTES = 2**23
 """A copy of as much takes 4 us of an H200, and a launch."""
+_Inputs = Mapping[int, tuple[int, torch.dtype]]
+"""Address of an input's memory in the graph -> its place in what the call is given, and its dtype."""
 _ROOM = 4
 """Times what the first capture took that has to be free for a second one."""
+
+
+def _nothing() -> None:
+    """There is nothing to put back."""
 
 
 class GraphedCall:
     """A callable that replays the captured call. The inputs must look like those of the capture (the signature does).
 
     Args:
-        call: takes the input leaves and runs what is to be captured; called a few times first, so state that it
-            writes must be restored by the caller.
-        leaves: the input leaves; tensors on one CUDA device and plain values.
+        call: takes what a call is given and runs what is to be captured; called a few times first.
+        given: what the first call is given; its tensors are on one CUDA device.
         liveness: the model's tensors, which the graph reads and writes in place.
         strides: what the results are given.
+        written: places in `given` of the tensors that the call writes to.
+        restore: puts back what else it writes, after each call that is made here.
 
     Raises:
         PatchError: when the call cannot be captured, with the reason.
     """
 
     def __init__(
-        self, call: Callable[[Sequence[Any]], Any], leaves: Sequence[Any], liveness: Liveness,
-        strides: OutputStrides | None = None,
+        self, call: Callable[[Sequence[Any]], Sequence[Tensor]], given: Sequence[Any], liveness: Liveness,
+        strides: OutputStrides | None = None, *, written: Collection[int] = (), restore: Callable[[], None] = _nothing,
     ) -> None:  # fmt: skip
-        _refuse_uncapturable(leaves)
-        self._call, self._leaves = call, [_same_layout(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._static = [self._leaves[index] for index in self._positions]
+        _refuse_uncapturable(given)
+        self._call, self._restore = call, restore
+        self._given = [_same_layout(value) if isinstance(value, Tensor) else value for value in given]
+        self._positions = [index for index, value in enumerate(given) if isinstance(value, Tensor)]
+        self._static = [self._given[index] for index in self._positions]
+        self._written = sorted(written)
         self._owned = {tensor.untyped_storage().data_ptr() for tensor in liveness.tensors}
+        self._inputs = {
+            self._given[index].untyped_storage().data_ptr(): (index, self._given[index].dtype)
+            for index in self._positions
+        }
         self._strides = strides
         kept = list(map(torch.clone, self._static))
+        self._kept = {index: kept[self._positions.index(index)] for index in self._written}
         try:
             self._instances = [self._capture(has_tail=True)]
-            if self._graph.tail is not None and not (
-                self._instances[0].returns_tail and _agree(self(leaves), call(self._leaves))
-            ):
+            if self._graph.tail is not None and not (self._instances[0].returns_tail and self._agrees(given)):
                 self._instances = [self._capture(has_tail=False)]
             self._graph.replay()
             torch.cuda.synchronize()
@@ -71,8 +82,10 @@ class GraphedCall:
             first_line = (str(error).strip().splitlines() or ["no message"])[0]
             raise PatchError(f"the call cannot be captured: {first_line}") from error
         self._lend()
+        self._put_back()
+        self._kept = {}
         if not all(map(_same_values, kept, self._static)):
-            raise PatchError("the call writes to its inputs, which a replay would do to copies of them")
+            raise PatchError("the graph writes to an input that the original leaves as it is")
 
     @property
     def _graph(self) -> Segments:
@@ -80,8 +93,32 @@ class GraphedCall:
 
     def _capture(self, *, has_tail: bool) -> _Instance:
         before = torch.cuda.memory_reserved()
-        graph, outputs = _captured(lambda: self._call(self._leaves), has_tail=has_tail)
-        return _Instance(graph, outputs, self._owned, self._strides, torch.cuda.memory_reserved() - before)
+        graph, outputs = _captured(self._warm_call, has_tail=has_tail)
+        num_bytes = torch.cuda.memory_reserved() - before
+        return _Instance(graph, outputs, self._owned, self._inputs, self._strides, num_bytes)
+
+    def _warm_call(self) -> Sequence[Tensor]:
+        outputs = self._call(self._given)
+        if not _is_capturing():
+            # A cache that counts its tokens would be full after some calls.
+            self._put_back()
+        return outputs
+
+    def _put_back(self) -> None:
+        # What counts the call's ops does not count these.
+        with _disable_current_modes():
+            for index, kept in self._kept.items():
+                self._given[index].copy_(kept)
+            self._restore()
+
+    def _agrees(self, given: Sequence[Any]) -> bool:
+        """Whether a replay gives what the call gives."""
+        found = self(given)
+        self._put_back()
+        expected = self._call(self._given)
+        is_same = all(map(_same_values, found, expected))
+        self._put_back()
+        return is_same
 
     def _lend(self) -> None:
         """Capture the call once more, where its results are worth lending and there is room for a second set."""
@@ -102,26 +139,35 @@ class GraphedCall:
             first.lend_what_differs_from(second)
             self._instances.append(second)
 
-    def __call__(self, given: Sequence[Any]) -> Any:
-        """Replay the call on new input leaves."""
+    def __call__(self, given: Sequence[Any]) -> list[Tensor]:
+        """Replay the call on what another one is given."""
         self.load(given)
-        return self.replay()
+        return self.replay(given)
 
     def load(self, given: Sequence[Any]) -> None:
-        """Copy new input leaves to where the graph reads them; nothing that anyone else holds is written."""
+        """Copy new inputs to where the graph reads them; nothing that anyone else holds is written."""
         if len(self._positions) > _FEW_INPUTS:
             torch._foreach_copy_(self._static, [given[index] for index in self._positions])
         else:
             for static, index in zip(self._static, self._positions, strict=True):
                 static.copy_(given[index])
 
-    def replay(self) -> Any:
-        """Run the call on the leaves that were loaded last."""
-        for instance in self._instances:
-            if instance.is_free():
-                return instance.replay()
+    def replay(self, given: Sequence[Any]) -> list[Tensor]:
+        """Run the call on the inputs that were loaded last, and write to them what the call writes."""
+        instance = next((each for each in self._instances if each.is_free()), None)
+        if instance is not None:
+            made = instance.replay()
+            self._write_back(given)
+            return instance.results(made, given)
         # Whoever keeps every result gets new memory each time.
-        return self._instances[0].results_of(self._call(self._leaves))
+        outputs = self._call(self._given)
+        self._write_back(given)
+        return self._instances[0].results_of(outputs, given)
+
+    def _write_back(self, given: Sequence[Any]) -> None:
+        if self._written:
+            places = self._written
+            torch._foreach_copy_([given[index] for index in places], [self._given[index] for index in places])
 
 
 class _Instance:
@@ -135,20 +181,14 @@ class _Instance:
     """
 
     def __init__(
-        self, graph: Segments, outputs: Any, owned: Collection[int], strides: OutputStrides | None, num_bytes: int
-    ) -> None:
+        self, graph: Segments, outputs: Sequence[Tensor], owned: Collection[int], inputs: _Inputs,
+        strides: OutputStrides | None, num_bytes: int,
+    ) -> None:  # fmt: skip
         self.graph = graph
-        leaves, self._structure = _pytree.tree_flatten(outputs)
-        for leaf in leaves:
-            if not isinstance(leaf, (Tensor, *PLAIN)):
-                raise PatchError(f"the result holds a {type(leaf).__name__}, which each call would have to make anew")
-        self._is_single = len(leaves) == 1 and outputs is leaves[0]
-        num_tensors = sum(isinstance(leaf, Tensor) for leaf in leaves)
-        of_tensors = iter(strides.of(num_tensors) if strides is not None else [None] * num_tensors)
-        wanted = [next(of_tensors) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        wanted = strides.of(len(outputs)) if strides is not None else [None] * len(outputs)
         storage = graph.tail.storage if graph.tail is not None else None
         self._results: list[_Result] = [
-            _result_of(leaf, layout, owned, storage) for leaf, layout in zip(leaves, wanted, strict=True)
+            _result_of(leaf, layout, owned, inputs, storage) for leaf, layout in zip(outputs, wanted, strict=True)
         ]
         self._lent: list[_Lent] = []
         self.returns_tail = any(isinstance(result, _OfTail) for result in self._results)
@@ -173,32 +213,50 @@ class _Instance:
         """Whether no caller holds a result that was lent."""
         return all(result.is_free() for result in self._lent)
 
-    def replay(self) -> Any:
-        """Run the call, and return what its caller gets."""
+    def replay(self) -> Tensor | None:
+        """Run the call; return what its tail made."""
         self.graph.replay()
-        made = self.graph.tail() if self.graph.tail is not None else None
-        return self._arranged([result(made) for result in self._results])
+        return self.graph.tail() if self.graph.tail is not None else None
 
-    def results_of(self, outputs: Any) -> Any:
+    def results(self, made: Tensor | None, given: Sequence[Any]) -> list[Tensor]:
+        """Return what the caller gets of the replay that made this."""
+        return [result(made, given) for result in self._results]
+
+    def results_of(self, outputs: Sequence[Tensor], given: Sequence[Any]) -> list[Tensor]:
         """Return what the caller gets of a call that was not replayed."""
-        leaves = _pytree.tree_leaves(outputs)
-        return self._arranged([result.of(leaf) for result, leaf in zip(self._results, leaves, strict=True)])
-
-    def _arranged(self, leaves: list[Any]) -> Any:
-        return leaves[0] if self._is_single else _pytree.tree_unflatten(leaves, self._structure)
+        return [result.of(leaf, given) for result, leaf in zip(self._results, outputs, strict=True)]
 
 
 @dataclass(frozen=True)
 class _AsItIs:
-    """A plain value, or a tensor of the model's own."""
+    """A tensor of the model's own."""
 
-    leaf: Any
+    leaf: Tensor
 
-    def __call__(self, made: Tensor | None) -> Any:
+    def __call__(self, made: Tensor | None, given: Sequence[Any]) -> Tensor:
         return self.leaf
 
-    def of(self, leaf: Any) -> Any:
+    def of(self, leaf: Tensor, given: Sequence[Any]) -> Tensor:
         return leaf
+
+
+@dataclass(frozen=True)
+class _OfInput:
+    """An input, or a view of one."""
+
+    index: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def __call__(self, made: Tensor | None, given: Sequence[Any]) -> Tensor:
+        value: Tensor = given[self.index]
+        if (self.shape, self.stride, self.offset) == (value.shape, value.stride(), 0):
+            return value
+        return value.as_strided(self.shape, self.stride, value.storage_offset() + self.offset)
+
+    def of(self, leaf: Tensor, given: Sequence[Any]) -> Tensor:
+        return self(None, given)
 
 
 @dataclass(frozen=True)
@@ -208,10 +266,10 @@ class _Copied:
     leaf: Tensor
     strides: tuple[int, ...] | None
 
-    def __call__(self, made: Tensor | None) -> Any:
+    def __call__(self, made: Tensor | None, given: Sequence[Any]) -> Tensor:
         return copied(self.leaf, self.strides)
 
-    def of(self, leaf: Tensor) -> Tensor:
+    def of(self, leaf: Tensor, given: Sequence[Any]) -> Tensor:
         return copied(leaf, self.strides)
 
 
@@ -231,10 +289,10 @@ class _Lent:
         """Whether nobody else holds its memory, and nobody has taken that away."""
         return _num_holders(self._storage) <= self._num_own and self._leaf.untyped_storage().nbytes() == self._num_bytes
 
-    def __call__(self, made: Tensor | None) -> Any:
+    def __call__(self, made: Tensor | None, given: Sequence[Any]) -> Tensor:
         return self._leaf.detach()
 
-    def of(self, leaf: Tensor) -> Tensor:
+    def of(self, leaf: Tensor, given: Sequence[Any]) -> Tensor:
         return leaf
 
 
@@ -246,23 +304,33 @@ class _OfTail:
     stride: tuple[int, ...]
     offset: int
 
-    def __call__(self, made: Tensor | None) -> Any:
+    def __call__(self, made: Tensor | None, given: Sequence[Any]) -> Tensor:
         assert made is not None
         return made.as_strided(self.shape, self.stride, self.offset)
 
-    def of(self, leaf: Tensor) -> Tensor:
+    def of(self, leaf: Tensor, given: Sequence[Any]) -> Tensor:
         return leaf.clone()
 
 
-_Result = _AsItIs | _Copied | _Lent | _OfTail
+_Result = _AsItIs | _OfInput | _Copied | _Lent | _OfTail
 
 
-def _result_of(leaf: Any, strides: tuple[int, ...] | None, owned: Collection[int], tail: int | None) -> _Result:
-    storage = leaf.untyped_storage().data_ptr() if isinstance(leaf, Tensor) else None
-    if storage is None or storage in owned:
+def _result_of(
+    leaf: Tensor,
+    strides: tuple[int, ...] | None,
+    owned: Collection[int],
+    inputs: _Inputs,
+    tail: int | None,
+) -> _Result:
+    storage, offset = leaf.untyped_storage().data_ptr(), int(leaf.storage_offset())
+    if storage in owned:
         return _AsItIs(leaf)
+    index, dtype = inputs.get(storage, (None, None))
+    if index is not None and leaf.dtype is dtype:
+        # The graph's own copies of the inputs have no memory before or behind them.
+        return _OfInput(index, leaf.shape, leaf.stride(), offset)
     if storage == tail and strides is None:
-        return _OfTail(leaf.shape, leaf.stride(), leaf.storage_offset())
+        return _OfTail(leaf.shape, leaf.stride(), offset)
     return _Copied(leaf, strides)
 
 
@@ -278,13 +346,17 @@ def _num_holders(storage: int) -> int:
     return int(torch._C._storage_Use_Count(storage))
 
 
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _free_bytes() -> int:
     """Return what captures can still have: free memory of the device, and what torch's allocator holds unused."""
     unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return int(torch.cuda.mem_get_info()[0]) + unused
 
 
-def _captured(call: Callable[[], Any], *, has_tail: bool) -> tuple[Segments, Any]:
+def _captured(call: Callable[[], Sequence[Tensor]], *, has_tail: bool) -> tuple[Segments, Sequence[Tensor]]:
     try:
         return capture(call, num_warm_calls=_NUM_WARM_CALLS, should_cut=True, has_tail=has_tail)
     except RuntimeError:
@@ -293,20 +365,13 @@ def _captured(call: Callable[[], Any], *, has_tail: bool) -> tuple[Segments, Any
         return capture(call, num_warm_calls=_NUM_WARM_CALLS)
 
 
-def _agree(left: Any, right: Any) -> bool:
-    pairs = zip(_pytree.tree_leaves(left), _pytree.tree_leaves(right), strict=True)
-    return all(_same_values(one, other) for one, other in pairs if isinstance(one, Tensor))
-
-
-def _refuse_uncapturable(leaves: Sequence[Any]) -> None:
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            if leaf.device.type != "cuda":
-                raise PatchError(f"an input tensor is on {leaf.device}; a CUDA graph reads CUDA memory alone")
-            if torch._debug_has_internal_overlap(leaf) == 1:
+def _refuse_uncapturable(given: Sequence[Any]) -> None:
+    for value in given:
+        if isinstance(value, Tensor):
+            if value.device.type != "cuda":
+                raise PatchError(f"an input tensor is on {value.device}; a CUDA graph reads CUDA memory alone")
+            if torch._debug_has_internal_overlap(value) == 1:
                 raise PatchError("an input tensor's elements share memory with each other, so it cannot be copied into")
-        elif not isinstance(leaf, PLAIN):
-            raise PatchError(f"an input is a {type(leaf).__name__}, whose value no guard compares")
 
 
 def _same_layout(leaf: Tensor) -> Tensor:

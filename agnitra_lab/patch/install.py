@@ -51,6 +51,7 @@ class Patch:
         name: the candidate's name.
         model: the drop-in.
         compile_s: wall seconds of the first call, which compiles; None for eager.
+        is_whole: whether one CUDA graph of ours can hold its call, or nobody asked for one.
         graph_sha256: of what Dynamo made of the model in that call; None where it was not asked.
     """
 
@@ -60,6 +61,7 @@ class Patch:
         self.name = name
         self.model = model
         self.compile_s = compile_s
+        self.is_whole = True
         self.graph_sha256: str | None = None
         self._workload = workload
         self._before = before
@@ -183,7 +185,9 @@ def install(
     before = _Before(workload)
     patch = _compile(name, workload, before, {"backend": backend}, merged)
     patch.graph_sha256 = backend.graphs_sha256 or None
-    refusals += _take_fast_path(patch, workload, before, backend, should_capture="cuda_graph" in taken)
+    if patch.model.__dict__["_agnitra_clones"] is None:
+        # Past Dynamo nobody would copy what lies in the memory of Inductor's own CUDA graphs.
+        refusals += _take_fast_path(patch, workload, before, backend, should_capture="cuda_graph" in taken)
     taken = [action for action in taken if action not in {refusal.action for refusal in refusals}]
     patch._backend = backend
     patch._options = [describe_option(action, merged) for action in taken]
@@ -285,6 +289,7 @@ def _take_fast_path(
     paths = Paths(workload, before.state, checks, own["_agnitra_strides"])
     path, reason = paths.of_compiled(own["_agnitra_compiled"], backend, should_capture=should_capture)
     patch.model.take_fast_path(path)
+    patch.is_whole = paths.has_captured or not should_capture
     patch.compile_s = (patch.compile_s or 0.0) + time.perf_counter() - started
     return [Refusal(action="cuda_graph", reason=reason)] if should_capture and reason is not None else []
 

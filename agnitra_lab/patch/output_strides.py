@@ -17,12 +17,14 @@ from agnitra_lab.graph.tree import replace_tensors, tensors
 from agnitra_lab.patch.layouts import is_dense
 
 Strides = tuple[int, ...]
+_MOST_SPREAD = 8
+"""Times its own size that a result may take for its strides' sake."""
 
 
 def strides_of(outputs: Any) -> list[Strides | None]:
-    """Return the strides of each tensor of a result; None for a view with gaps or overlaps."""
+    """Return the strides of each tensor of a result; None for a view whose elements overlap or lie far apart."""
     return [
-        tensor.stride() if tensor.layout is torch.strided and is_dense(tensor) else None
+        tensor.stride() if tensor.layout is torch.strided and _is_compact(tensor) else None
         for _, tensor in tensors(outputs)
     ]
 
@@ -67,6 +69,17 @@ def copied(leaf: Tensor, strides: Strides | None) -> Tensor:
         return leaf.clone()
     out = torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=leaf.device)
     return out if out.is_contiguous() and copy_rows(leaf, out) else out.copy_(leaf)
+
+
+def _is_compact(tensor: Tensor) -> bool:
+    """Whether memory with these strides is no waste: a window's keys are the end of all keys, the last token's logits
+    one row of thousands."""
+    if is_dense(tensor):
+        return True
+    if tensor.numel() == 0 or torch._debug_has_internal_overlap(tensor) != 0:
+        return False
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return bool(span <= _MOST_SPREAD * tensor.numel())
 
 
 def _differs(leaf: Tensor, strides: Strides) -> bool:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree
+from torch import Tensor
 
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.backend import Backend
-from agnitra_lab.patch.direct import DirectCall, flat_inputs, unchanged_attributes, untracked_memory
-from agnitra_lab.patch.fast import Check, FastPath, Run, walls_ms
+from agnitra_lab.patch.direct import DirectCall, unchanged_attributes, untracked_memory
+from agnitra_lab.patch.ends import Arguments, Change, Result, changes, flat, held
+from agnitra_lab.patch.fast import Check, Ends, FastPath, Run, walls_ms
 from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.liveness import Liveness
 from agnitra_lab.patch.output_strides import OutputStrides
@@ -28,6 +29,9 @@ class Paths:
         state: what a call writes; put back after each of the runs made here.
         checks: what must hold beside the model's own tensors and attributes.
         strides: what the compiled call's results must be given.
+
+    Attributes:
+        has_captured: whether one CUDA graph could hold the compiled call, be it the faster path or not.
     """
 
     def __init__(
@@ -38,7 +42,7 @@ class Paths:
         self._liveness = Liveness(workload.model)
         self._checks = [*checks, self._liveness.difference]
         self._strides = strides
-        self._leaves = flat_inputs(workload.args, workload.kwargs)
+        self.has_captured = False
 
     def of_compiled(
         self, compiled: Callable[..., Any], backend: Backend, *, should_capture: bool
@@ -50,17 +54,21 @@ class Paths:
         """
         try:
             with torch.no_grad():
-                direct, is_pure = self._direct(compiled, backend)
+                arguments = self._arguments()
+                direct, is_pure = self._direct(compiled, backend, arguments)
+                ends = self._ends(arguments, direct.result)
         except PatchError as error:
             return None, error.message
-        path = self._path("direct", self._restrided(direct), backend.guards, is_pure=is_pure)
+        path = self._path("direct", self._restrided(direct), ends, backend.guards, is_pure=is_pure)
         if not should_capture:
             return path, None
         try:
             # What leaves the graph is copied in any case, and takes the original's strides by the way.
-            graphed = self._path("cuda_graph", self._graphed(direct), backend.guards, is_pure=is_pure)
+            run = self._graphed(direct, ends)
+            graphed = self._path("cuda_graph", run, ends, backend.guards, is_pure=is_pure)
         except PatchError as error:
             return path, error.message
+        self.has_captured = True
         direct_ms, graphed_ms = self._walls_ms([path, graphed])
         if graphed_ms > direct_ms:
             figures = f"{graphed_ms:.3f} ms against {direct_ms:.3f} ms"
@@ -73,48 +81,69 @@ class Paths:
         Raises:
             PatchError: when it cannot be captured, or reads memory that nothing here could watch.
         """
-        structure = _pytree.tree_structure((self._workload.args, dict(self._workload.kwargs)))
-        model = self._workload.model
+        model, arguments = self._workload.model, self._arguments()
 
-        def run(given: Sequence[Any]) -> Any:
-            args, kwargs = _pytree.tree_unflatten(list(given), structure)
-            return model(*args, **kwargs)
+        def call(given: Sequence[Any]) -> tuple[Any, list[Any], list[Change]]:
+            args, kwargs = arguments.rebuilt(given)
+            own = arguments(args, kwargs)
+            before = held(own)
+            return model(*args, **kwargs), own, changes(before, own)
 
+        def run(given: Sequence[Any]) -> list[Tensor]:
+            result, _, changed = call(given)
+            return flat(result, changed)
+
+        traced: list[tuple[Any, list[Any], list[Change]]] = []
         versions = self._liveness.versions()
         try:
             with unchanged_attributes(self._liveness):
-                op = untracked_memory(lambda: run(self._leaves), self._leaves, self._liveness)
+                op = untracked_memory(lambda: traced.append(call(arguments.given)), arguments.given, self._liveness)
         finally:
             self._state.restore()
         if op is not None:
             raise PatchError(f"{op} reads a tensor that is neither an input nor a parameter, buffer or attribute")
         is_pure = not self._state.tensors and versions == self._liveness.versions()
-        return self._path("cuda_graph", self._graphed(run), (), is_pure=is_pure)
+        ends = self._ends(arguments, Result(*traced.pop()))
+        return self._path("cuda_graph", self._graphed(run, ends), ends, (), is_pure=is_pure)
 
-    def _direct(self, compiled: Callable[..., Any], backend: Backend) -> tuple[DirectCall, bool]:
+    def _arguments(self) -> Arguments:
+        return Arguments(self._workload.args, self._workload.kwargs)
+
+    def _ends(self, arguments: Arguments, result: Result) -> Ends:
+        is_written = set(map(id, self._state.tensors))
+        written = {index for index, value in enumerate(arguments.given) if id(value) in is_written}
+        ends = Ends(arguments, result, written)
+        if not ends.are_apart(arguments.given):
+            raise PatchError("the call writes to an input that shares memory with another one")
+        return ends
+
+    def _direct(self, compiled: Callable[..., Any], backend: Backend, arguments: Arguments) -> tuple[DirectCall, bool]:
         versions = self._liveness.versions()
         args, kwargs = self._workload.args, self._workload.kwargs
         try:
-            direct = DirectCall(compiled, backend.record, self._liveness, args, kwargs)
+            direct = DirectCall(compiled, backend.record, self._liveness, arguments, args, kwargs)
         finally:
             self._state.restore()
         return direct, not self._state.tensors and versions == self._liveness.versions()
 
-    def _graphed(self, run: Run) -> GraphedCall:
+    def _graphed(self, run: Run, ends: Ends) -> GraphedCall:
         try:
-            return GraphedCall(run, self._leaves, self._liveness, self._strides)
+            return GraphedCall(
+                run, ends.arguments.given, self._liveness, self._strides,
+                written=ends.written, restore=self._state.restore,
+            )  # fmt: skip
         finally:
             self._state.restore()
 
     def _restrided(self, run: Run) -> Run:
         strides = self._strides
-        return (lambda given: strides(run(given))) if strides else run
+        return (lambda given: strides(list(run(given)))) if strides else run
 
-    def _path(self, name: str, run: Run, guards: Sequence[WeightGuard], *, is_pure: bool) -> FastPath:
-        return FastPath(name, run, self._checks, guards, is_pure=is_pure)
+    def _path(self, name: str, run: Run, ends: Ends, guards: Sequence[WeightGuard], *, is_pure: bool) -> FastPath:
+        return FastPath(name, run, ends, self._checks, guards, is_pure=is_pure)
 
     def _walls_ms(self, paths: Sequence[FastPath]) -> list[float]:
         try:
-            return walls_ms(paths, self._workload.args, self._workload.kwargs)
+            return walls_ms(paths, self._workload.args, self._workload.kwargs, self._state.restore)
         finally:
             self._state.restore()

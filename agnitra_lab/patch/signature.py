@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from agnitra_lab.graph.tree import is_record
 
 Check = Callable[[Any], bool]
-PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+PLAIN = (type(None), bool, int, float, complex, str, type, torch.dtype, torch.device)
 """What an argument may be beside a tensor for a call to be told from another by its value."""
 
 
@@ -63,10 +64,10 @@ class _Leaf:
             self.shape, self.stride, self.dtype, self.device = value.shape, value.stride(), value.dtype, value.device
             self.requires_grad = value.requires_grad
             self.matches: Check = self._matches_tensor
-        elif self.type in (tuple, list):
+        elif isinstance(value, (tuple, list)):
             self.items = [_Leaf(where, item, above) for item in value]
             self.matches = self._matches_sequence
-        elif self.type is dict:
+        elif isinstance(value, dict) and not is_dataclass(value):
             self.keys = list(value)
             self.items = [_Leaf(where, item, above) for item in value.values()]
             self.matches = self._matches_dict
@@ -99,7 +100,7 @@ class _Leaf:
 
     def _matches_dict(self, value: Any) -> bool:
         return (
-            type(value) is dict
+            type(value) is self.type
             and list(value) == self.keys
             and all(leaf.matches(item) for leaf, item in zip(self.items, value.values(), strict=True))
         )

@@ -13,9 +13,11 @@ from agnitra_lab.contracts import Workload
 from agnitra_lab.generate.kernels import KernelBook
 from agnitra_lab.loop.rehearsal import Rehearsal
 from agnitra_lab.patch.candidates import Candidate
+from agnitra_lab.patch.ends import flat
 from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.install import compile_mode, install
 from agnitra_lab.patch.liveness import Liveness
+from agnitra_lab.patch.output_strides import OutputStrides
 from agnitra_lab.patch.rewrites import activation_gemm, residual_gemm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -130,16 +132,16 @@ def test_large_results_of_a_cuda_graph_are_lent_and_keep_their_values_while_they
     inputs = [x_of(64, 512, WIDTH) * scale for scale in (1, 2, 3, 4)]
     call = torch.compile(tower, dynamic=False) if is_compiled else tower
     with torch.no_grad():
-        graphed = GraphedCall(lambda leaves: call(*leaves), [inputs[0]], Liveness(tower))
+        graphed = GraphedCall(lambda leaves: flat(call(*leaves), []), [inputs[0]], Liveness(tower))
         expected = [call(x) for x in inputs]
-        kept = [graphed([x]) for x in inputs]
-        part = graphed([inputs[1]])[3:5]
+        kept = [graphed([x])[0] for x in inputs]
+        part = graphed([inputs[1]])[0][3:5]
         for found, right in zip([*kept, part], [*expected, expected[1][3:5]], strict=True):
             torch.testing.assert_close(found, right, rtol=0, atol=0)
         del kept, found
         places = set()
         for x, right in zip(inputs, expected, strict=True):
-            result = graphed([x])
+            (result,) = graphed([x])
             torch.testing.assert_close(result, right, rtol=0, atol=0)
             places.add(result.data_ptr())
         torch.testing.assert_close(part, expected[1][3:5], rtol=0, atol=0)
@@ -150,8 +152,8 @@ def test_a_call_that_is_one_large_product_is_captured_without_a_warning(recwarn)
     model = nn.Linear(WIDTH, 40_000, bias=False).to("cuda", torch.bfloat16).eval()
     x = x_of(512, WIDTH)
     with torch.no_grad():
-        graphed = GraphedCall(lambda leaves: model(*leaves), [x], Liveness(model))
-        torch.testing.assert_close(graphed([2 * x]), model(2 * x), rtol=0, atol=0)
+        graphed = GraphedCall(lambda leaves: flat(model(*leaves), []), [x], Liveness(model))
+        torch.testing.assert_close(graphed([2 * x]), [model(2 * x)], rtol=0, atol=0)
     assert not [warning for warning in recwarn if "empty" in str(warning.message)]
 
 
@@ -218,13 +220,34 @@ def test_a_large_product_at_the_end_of_a_cuda_graph_writes_to_new_memory(kind, i
     inputs = [torch.randn(4, 128, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     call = torch.compile(model, dynamic=False) if is_compiled else model
     with torch.no_grad():
-        graphed = GraphedCall(lambda leaves: call(*leaves), [inputs[0]], Liveness(model))
+        graphed = GraphedCall(lambda leaves: flat(call(*leaves), []), [inputs[0]], Liveness(model))
         kept = [graphed([x]) for x in inputs]
         for found, x in zip(kept, inputs, strict=True):
-            torch.testing.assert_close(found, call(x), rtol=0, atol=0)
+            torch.testing.assert_close(found, flat(call(x), []), rtol=0, atol=0)
         model.head.weight.mul_(2)
-        torch.testing.assert_close(graphed([inputs[1]]), call(inputs[1]), rtol=0, atol=0)
+        torch.testing.assert_close(graphed([inputs[1]]), flat(call(inputs[1]), []), rtol=0, atol=0)
     assert (graphed._graph.tail is not None) == is_left_out
+
+
+def test_a_product_that_stays_in_a_graph_of_many_ops_is_not_launched_again():
+    torch.manual_seed(0)
+    head = torch.randn(40_008, WIDTH, device="cuda", dtype=torch.bfloat16)
+    inputs = [torch.randn(512, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+
+    def call(leaves):
+        (x,) = leaves
+        for _ in range(30):
+            x = x * 0.99
+        return [functional.linear(x, head)[:, :40_001]]
+
+    with torch.no_grad():
+        strides = OutputStrides([(40_001, 1)], call(inputs[:1]), [True])
+        graphed = GraphedCall(call, inputs[:1], Liveness(nn.Identity()), strides)
+        for x in inputs:
+            (found,) = graphed([x])
+            assert found.is_contiguous()
+            torch.testing.assert_close(found, call([x])[0], rtol=0, atol=0)
+    assert graphed._graph.tail is None
 
 
 def test_a_merged_weight_is_read_in_place_by_a_cuda_graph_and_follows_updates(tower):
@@ -355,3 +378,63 @@ def test_a_candidate_is_rehearsed_on_a_copy_of_the_model_in_another_process() ->
     assert found.result.comparison is not None, found.result.reason
     assert found.result.comparison.equivalence.is_equivalent
     assert all(map(torch.equal, before, model.parameters()))
+
+
+class Layer:
+    def __init__(self, keys) -> None:
+        self.keys = keys
+
+
+class Cache:
+    def __init__(self, keys) -> None:
+        self.layers = [Layer(keys)]
+
+
+class Decoder(nn.Module):
+    """A step with a cache: one that it makes, one that it writes, or one that it makes longer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.key, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, position, cache=None):
+        keys = self.key(x)
+        if self.kind == "made":
+            cache = Cache(keys)
+        elif self.kind == "written":
+            cache.layers[0].keys.index_copy_(1, position, keys)
+            position.add_(1)
+        else:
+            cache.layers[0].keys = torch.cat([cache.layers[0].keys, keys], 1)
+        return {"out": self.out(torch.tanh(cache.layers[0].keys).mean(1)), "cache": cache}
+
+
+@pytest.mark.parametrize("num_rows", [16, 40_000], ids=["copied", "lent"])
+@pytest.mark.parametrize("kind", ["made", "written", "longer"])
+def test_a_step_with_a_cache_object_is_one_cuda_graph(kind, num_rows):
+    torch.manual_seed(0)
+    model = Decoder(kind).cuda().eval()
+
+    def make(seed: int):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        x = torch.randn(1, 1 if kind != "made" else num_rows, WIDTH, device="cuda", generator=generator)
+        keys = torch.randn(1, num_rows, WIDTH, device="cuda", generator=generator)
+        return (x, torch.full((1,), num_rows - 2, device="cuda")), {} if kind == "made" else {"cache": Cache(keys)}
+
+    args, kwargs = make(0)
+    patch = install(Workload("step", model, args, kwargs), ["cuda_graph"], name="candidate")
+    assert patch.is_whole and int(args[1]) == num_rows - 2
+    kept = []
+    with torch.no_grad():
+        for seed in range(1, 6):
+            (args, kwargs), (theirs, their_kwargs) = make(seed), make(seed)
+            kept.append((patch.model(*args, **kwargs), model(*theirs, **their_kwargs)))
+            assert torch.equal(args[1], theirs[1])
+            if kind != "made":
+                assert kept[-1][0]["cache"] is kwargs["cache"]
+    for ours, expected in kept:
+        torch.testing.assert_close(ours["out"], expected["out"], rtol=1e-4, atol=1e-5)
+        keys, their_keys = (result["cache"].layers[0].keys for result in (ours, expected))
+        torch.testing.assert_close(keys, their_keys, rtol=1e-4, atol=1e-4)
+    assert not patch.model.guard_misses and not patch.model.fast_path_misses

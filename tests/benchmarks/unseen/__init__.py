@@ -14,5 +14,6 @@ tiny and in fp32 on a CPU (`sizes.py` decides). They run by the same command as 
     agnitra suite run $(python tests/benchmarks/unseen/targets.py)
 
 Layers, chains and networks are of the kinds of KernelBench (Ouyang et al. 2025), levels 1 to 3; all are written in
-plain torch from the papers that their docstrings name.
+plain torch from the papers that their docstrings name, but for those of `published`, which are the models of
+transformers and timm themselves and need these packages.
 """

@@ -23,6 +23,7 @@ PARTS = (
     "generative",
     "others",
     "networks",
+    "published",
 )
 
 
@@ -37,6 +38,7 @@ def functions(part: str) -> list[str]:
         for node in tree.body
         if isinstance(node, ast.FunctionDef)
         and not node.name.startswith("_")
+        and not node.args.args
         and isinstance(node.returns, ast.Name)
         and node.returns.id == "Workload"
     ]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agnitra_lab.benchmark.inputs import num_bytes, redraw, shifted_copy
+from agnitra_lab.benchmark.inputs import fixed_tensors, num_bytes, redraw, shifted_copy
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.graph.tree import leaves, map_tensors, tensors
 
@@ -131,6 +131,18 @@ def test_copies_that_live_together_have_addresses_of_their_own_and_equal_values(
     copies = [shifted_copy(inputs)[0][0] for _ in range(3)]
     assert len({copy.data_ptr() for copy in [LOOKS[look], *copies]}) == 4
     assert all(torch.equal(copy, LOOKS[look]) for copy in copies)
+
+
+def test_what_a_caller_promised_not_to_move_stays_in_its_place_with_new_values() -> None:
+    cache, x = torch.zeros(4), torch.zeros(4)
+    torch._dynamo.mark_static_address(cache)
+    workload = Workload("w", torch.nn.Identity(), (x, [cache, cache]))
+    fresh = redraw(workload, 3)
+    (moved, kept), _ = shifted_copy(fresh, fixed_tensors(workload))
+    assert kept[0] is cache and kept[1] is cache and torch.equal(cache, fresh[0][1][0])
+    assert moved is not x and not x.any()
+    (_, elsewhere), _ = shifted_copy(fresh)
+    assert elsewhere[0] is not cache
 
 
 def test_leaves_carry_the_path_that_a_reader_would_write() -> None:

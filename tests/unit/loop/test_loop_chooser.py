@@ -20,14 +20,10 @@ ACTIONS = ("cuda_graph", "qkv_concat", "rms_norm", "max_autotune")
 class Built:
     """What the chooser needs of a patch."""
 
-    def __init__(self, name, num_graphs=1, found=ACTIONS, refused=()):
-        self.name, self.is_discarded = name, False
-        self._log = SimpleNamespace(
-            num_graphs=num_graphs,
-            compile_s=0.1,
-            descriptors=[SimpleNamespace(action=action) for action in found],
-            refusals=[SimpleNamespace(action=action) for action in refused],
-        )
+    def __init__(self, name, is_whole=True, found=ACTIONS):
+        self.name, self.is_whole, self.is_discarded = name, is_whole, False
+        descriptors = [SimpleNamespace(action=action) for action in found]
+        self._log = SimpleNamespace(compile_s=0.1, descriptors=descriptors)
 
     def log(self):
         return self._log
@@ -59,15 +55,15 @@ def result_of(name, latency_ms, verdict="faster", eager_kernels_ms=None):
 
 
 def run(
-    times_ms, *, budget_s=60.0, limit_ms=None, device="cuda", fails=(), num_graphs=1, found=ACTIONS, verdict="faster",
-    eager_kernels_ms=None, refused=(),
+    times_ms, *, budget_s=60.0, limit_ms=None, device="cuda", fails=(), is_whole=True, found=ACTIONS, verdict="faster",
+    eager_kernels_ms=None,
 ):  # fmt: skip
     built = {}
 
     def build(candidate):
         if candidate.name in fails:
             raise PatchError("cannot be compiled")
-        built[candidate.name] = Built(candidate.name, num_graphs, found, refused)
+        built[candidate.name] = Built(candidate.name, is_whole, found)
         return built[candidate.name]
 
     def screen(name, patch):
@@ -157,17 +153,21 @@ def test_losers_let_go_of_their_memory():
     assert not built["agnitra"].is_discarded
 
 
-def test_a_model_of_several_graphs_also_gets_inductors_own_cuda_graphs():
-    chooser, _ = run({"agnitra": 4.0}, num_graphs=3)
-    assert {"torch.compile:reduce-overhead", "torch.compile:max-autotune"} <= set(tried(chooser))
+def test_a_call_that_no_graph_of_ours_holds_is_tried_with_inductors_own_before_anything_is_left_out():
+    """As one with Python between two compiled graphs."""
+    chooser, _ = run({"agnitra": 4.0}, is_whole=False)
+    names = tried(chooser)
+    assert names[:5] == [
+        "agnitra", "cuda_graph", "torch.compile", "torch.compile:reduce-overhead", "agnitra:reduce-overhead",
+    ]  # fmt: skip
+    assert "torch.compile:max-autotune" in names
+    chooser, _ = run({"agnitra": 4.0})
+    assert not [name for name in tried(chooser) if "reduce-overhead" in name]
 
 
-def test_a_call_that_no_graph_of_ours_holds_is_tried_with_inductors_own():
-    """As one that is given a cache object, which Inductor's graphs may read in place."""
-    chooser, _ = run({"agnitra": 3.0}, refused=("cuda_graph",))
-    assert "torch.compile:reduce-overhead" in tried(chooser)
-    chooser, _ = run({"agnitra": 3.0}, refused=("layer_norm",))
-    assert "torch.compile:reduce-overhead" not in tried(chooser)
+def test_reduce_overhead_is_looked_at_whatever_the_budget_where_it_may_be_the_faster_mode():
+    chooser, _ = run({"agnitra": 4.0}, is_whole=False, budget_s=0.0)
+    assert tried(chooser) == ["agnitra", "cuda_graph", "torch.compile:reduce-overhead"]
 
 
 def test_on_a_cpu_there_are_no_cuda_graphs():
@@ -205,10 +205,10 @@ def test_combo_kernels_compete_on_top_of_the_best_and_only_where_they_were_asked
     plan = Plan(("qkv_concat", "combo_kernels"), "cuda")
     (ours,) = [candidate for candidate in plan.first() if candidate.name == "agnitra"]
     assert "combo_kernels" not in ours.actions
-    (combined, *_) = plan.second(ours, 1)
+    (combined, *_) = plan.second(ours)
     assert (combined.name, combined.mode) == ("agnitra:combo-kernels", "default")
     assert combined.actions == (*ours.actions, "combo_kernels") and combined.changes == ours.changes
-    assert "torch.compile:combo-kernels" in [candidate.name for candidate in plan.second(None, 1)]
+    assert "torch.compile:combo-kernels" in [candidate.name for candidate in plan.second(None)]
     for other in (Plan(("qkv_concat",), "cuda"), Plan(("qkv_concat", "combo_kernels"), "cpu")):
         assert not [name for name in other.names() if "combo" in name]
 

@@ -219,8 +219,8 @@ def chosen(record, times_ms):
     def build(candidate):
         built.append(candidate.name)
         changes = [SimpleNamespace(action=action) for action in candidate.changes]
-        log = SimpleNamespace(num_graphs=1, compile_s=0.1, descriptors=changes, refusals=[])
-        return SimpleNamespace(name=candidate.name, log=lambda: log, discard=lambda: None)
+        log = SimpleNamespace(compile_s=0.1, descriptors=changes, refusals=[])
+        return SimpleNamespace(name=candidate.name, is_whole=True, log=lambda: log, discard=lambda: None)
 
     plan = Plan(("rms_norm", "swiglu"), "cuda")
     chooser = Chooser(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import Tensor, nn
+from cache_models import Cache, Filling, Growing, Output, Static, empty
 
 from agnitra_lab.benchmark.equivalence import check
 from agnitra_lab.contracts import Workload
@@ -19,55 +17,6 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-class Layer:
-    def __init__(self, keys: Tensor | None) -> None:
-        self.keys = keys
-
-
-class Cache:
-    def __init__(self, *keys: Tensor) -> None:
-        self.layers = [Layer(each) for each in keys]
-        self.position = torch.tensor(4)
-
-
-@dataclass
-class Output:
-    logits: Tensor
-    cache: Cache
-
-
-class Static(nn.Module):
-    """Writes a row of the cache and counts on, both in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(8, 8)
-        self.eval()
-
-    def forward(self, x, cache):
-        keys = cache.layers[0].keys
-        keys.index_copy_(1, cache.position.reshape(1), self.project(x))
-        cache.position.add_(1)
-        return (keys * (torch.arange(keys.shape[1]) < cache.position)[:, None]).sum(1)
-
-
-class Growing(Static):
-    """Puts a longer tensor in the cache's place."""
-
-    def forward(self, x, cache):
-        layer = cache.layers[0]
-        layer.keys = torch.cat([layer.keys, self.project(x)], 1)
-        return torch.tanh(layer.keys).mean(1)
-
-
-class Filling(Static):
-    """Takes an empty cache, and fills it."""
-
-    def forward(self, x, cache):
-        cache.layers.append(Layer(self.project(x)))
-        return torch.cat([layer.keys for layer in cache.layers], 1).sum(1)
-
-
 class Prefill(Static):
     """Returns a cache whose rows Inductor leaves in another order than eager."""
 
@@ -75,12 +24,6 @@ class Prefill(Static):
         keys = self.project(x).view(2, -1, 4, 2).transpose(1, 2)
         keys = torch.cat([torch.tensor([]), keys * 2], -2)
         return Output(torch.relu(keys).transpose(1, 2).flatten(2), Cache(keys))
-
-
-def empty() -> Cache:
-    cache = Cache()
-    del cache.position
-    return cache
 
 
 CASES = {

@@ -10,7 +10,7 @@ from patch_models import Block, build, workload
 from torch import nn
 
 from agnitra_lab.patch import fast
-from agnitra_lab.patch.direct import flat_inputs, untracked_memory
+from agnitra_lab.patch.direct import untracked_memory
 from agnitra_lab.patch.fast import walls_ms
 from agnitra_lab.patch.install import install
 from agnitra_lab.patch.liveness import Liveness
@@ -161,7 +161,7 @@ def test_state_is_written_once_a_call():
 
 def test_memory_that_nothing_watches_is_found_on_a_gpu_alone():
     model = build(Scaled)
-    assert untracked_memory(lambda: model(X), flat_inputs((X,), {}), Liveness(model)) is None
+    assert untracked_memory(lambda: model(X), [X], Liveness(model)) is None
 
 
 def test_a_rolled_back_model_has_no_fast_path():
@@ -182,12 +182,14 @@ def test_a_busy_host_does_not_turn_the_faster_path_into_the_slower_one():
     def steady(args, kwargs):
         time.sleep(0.005)
 
-    first_ms, second_ms = walls_ms([waits_for_its_host, steady], (), {})
+    first_ms, second_ms = walls_ms([waits_for_its_host, steady], (), {}, lambda: None)
     assert first_ms < second_ms
 
 
 def test_long_calls_are_timed_a_few_times_only(monkeypatch):
     monkeypatch.setattr(fast, "_TIMED_S", 0.0)
     calls = []
-    walls_ms([lambda args, kwargs: calls.append("first"), lambda args, kwargs: calls.append("second")], (), {})
+    walls_ms(
+        [lambda args, kwargs: calls.append("first"), lambda args, kwargs: calls.append("second")], (), {}, lambda: None
+    )
     assert calls == ["first", "second"] * 3
