@@ -96,7 +96,7 @@ ACTIONS: dict[str, Action] = {
             kind="rewrite",
             needs_cuda=True,
             is_measured=True,
-            summary="let the matrix library apply ReLU and the tanh GELU after a product, where that measures faster",
+            summary="let the matrix library apply ReLU and GELU after a product, where that measures faster",
         ),
         Action(
             name="keep_eager",

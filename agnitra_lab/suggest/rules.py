@@ -351,8 +351,8 @@ RULES: tuple[Rule, ...] = (
         "activation_gemm",
         evidence.LINEAR_OPS,
         0.03,
-        "The matrix library can apply ReLU and the tanh GELU to its fp32 sums, which spares a read and a write of an "
-        "MLP's widest values; each product is measured where it stands, so the share is an estimate.",
+        "The matrix library can apply ReLU and GELU to its fp32 sums, which spares a read and a write of an MLP's "
+        "widest values; each product is measured where it stands, so the share is an estimate.",
     ),
     _share_rule(
         "channel_by_channel",

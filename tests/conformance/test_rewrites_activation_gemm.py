@@ -43,6 +43,10 @@ def gelu_of_gpt2(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
+def gelu_of_bert(x: Tensor) -> Tensor:
+    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
 def gelu_of_bloom(x: Tensor) -> Tensor:
     return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
 
@@ -64,9 +68,11 @@ CASES: dict[str, tuple[Any, int]] = {
     "without a bias": (lambda m, x: m.down(F.relu(m.plain(x))), 1),
     "x @ W": (lambda m, x: m.down(F.relu(x @ m.turned)), 1),
     "it is the result": (lambda m, x: F.relu(m.up(x)), 1),
+    "dropout that does nothing": (lambda m, x: m.down(F.dropout(F.gelu(m.up(x)), 0.1, training=False)), 1),
     "two of them": (lambda m, x: F.relu(m.down(F.relu(m.up(x)))), 2),
     "through fp32": (lambda m, x: m.down(F.relu(m.up(x)).float().to(x.dtype)), 1),
-    "GELU by erf stays": (lambda m, x: m.down(F.gelu(m.up(x))), 0),
+    "the GELU by erf": (lambda m, x: m.down(F.gelu(m.up(x))), 1),
+    "in BERT's steps": (lambda m, x: m.down(gelu_of_bert(m.up(x))), 1),
     "other constants stay": (lambda m, x: m.down(F.relu(m.up(x)) * 1.01), 0),
     "leaky ReLU stays": (lambda m, x: m.down(F.leaky_relu(m.up(x))), 0),
     "a product that is read twice": (lambda m, x: [p := m.up(x), m.down(F.relu(p)) + m.down(p)][1], 0),
@@ -98,6 +104,35 @@ def test_an_activation_in_its_product_gives_the_same_values(name: str, is_lowere
             for parameter in model.parameters():
                 parameter.mul_(1.25)
     assert patch.model.num_guard_misses == 0
+
+
+def test_in_fp16_the_gelu_by_erf_stays_what_it_is(is_faster: None) -> None:
+    model, x = bound(CASES["the GELU by erf"][0], X)
+    patch = install(
+        Workload("case", model.half(), (x.half(),)), ["activation_gemm"], name="candidate", is_lowered=False
+    )
+    assert not made(patch, "activation_gemm")
+
+
+@pytest.mark.parametrize("deviation", [0.3, 1.0, 2.0, 4.0])
+def test_in_bf16_a_gelu_by_tanh_of_unrounded_sums_is_nearer_to_that_by_erf_than_eager(deviation: float) -> None:
+    sums = torch.randn(1_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * deviation
+    truth = F.gelu(sums)
+    eager = F.gelu(sums.bfloat16())
+    ours = F.gelu(sums, approximate="tanh").bfloat16()
+    error, eagers = ((found.double() - truth).norm() for found in (ours, eager))
+    assert error < 0.95 * eagers
+    assert ((ours.double() - eager.double()).abs() <= 1.6e-2 * eager.double().abs() + 1e-3).double().mean() > 0.999
+
+
+def test_a_library_that_is_further_from_fp64_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def coarse(x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool, activation: str) -> Tensor:
+        return F.relu(F.linear(x, weight, bias)) * 1.008
+
+    monkeypatch.setattr(activation_gemm, "activated_product", coarse)
+    monkeypatch.setattr(activation_gemm, "time_ms", lambda *_: 1.0)
+    x, weight = X.reshape(-1, WIDTH).bfloat16(), torch.randn(2 * WIDTH, WIDTH).bfloat16()
+    assert activation_gemm.measure(x, weight, None, True, "relu") is None
 
 
 @pytest.mark.parametrize("case", ["few rows", "fp32"])

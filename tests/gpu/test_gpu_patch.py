@@ -170,13 +170,13 @@ def test_products_add_themselves_to_a_residual_stream_under_a_cuda_graph(tower, 
     assert patch.model.num_guard_misses == 0
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
 def test_the_library_activates_as_torch_does_and_is_as_near_to_fp64(activation, has_bias, monkeypatch):
     assert activation_gemm.measure(x_of(64, WIDTH), x_of(INNER, WIDTH), None, True, activation) is not None
     monkeypatch.setattr(activation_gemm, "measure", lambda *_: (2.0, 1.0))
     torch.manual_seed(0)
-    act = nn.ReLU() if activation == "relu" else nn.GELU(approximate="tanh")
+    act = nn.ReLU() if activation == "relu" else nn.GELU(approximate="none" if activation == "gelu" else "tanh")
     up, down = nn.Linear(WIDTH, INNER, bias=has_bias), nn.Linear(INNER, WIDTH)
     model = nn.Sequential(up, act, down).to("cuda", torch.bfloat16).eval()
     x = x_of(300, WIDTH)
