@@ -72,14 +72,18 @@ def copied(leaf: Tensor, strides: Strides | None) -> Tensor:
 
 
 def _is_compact(tensor: Tensor) -> bool:
-    """Whether memory with these strides is no waste: a window's keys are the end of all keys, the last token's logits
-    one row of thousands."""
+    """Whether memory with these strides is no waste, and none of it is two elements'.
+
+    A window's keys are the end of all keys; the last token's logits are one row of thousands, and stay as they come.
+    """
     if is_dense(tensor):
         return True
-    if tensor.numel() == 0 or torch._debug_has_internal_overlap(tensor) != 0:
-        return False
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return bool(span <= _MOST_SPREAD * tensor.numel())
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < span:
+            return False
+        span += (size - 1) * stride
+    return 0 < span <= _MOST_SPREAD * tensor.numel()
 
 
 def _differs(leaf: Tensor, strides: Strides) -> bool:

@@ -262,6 +262,42 @@ def test_an_input_that_the_baseline_mutates_must_be_mutated_alike() -> None:
     assert "is left different" in _problems(lambda x: (x + 1).sum(1), workload)
 
 
+class Step(nn.Module):
+    """Multiplies many times in bf16, and writes what comes of it to one slot of the cache that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(24)))
+        for layer in self.layers:
+            nn.init.orthogonal_(layer.weight)
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:
+        cache["keys"][3] = self.layers(x)
+        return cache["keys"][:4].float().mean(1)
+
+
+@pytest.mark.parametrize(("factor", "is_right"), [(1.0, True), (1.02, False)], ids=["rounded once", "scaled"])
+def test_what_a_call_writes_to_an_input_is_held_against_fp64_as_state_is(factor: float, is_right: bool) -> None:
+    torch.manual_seed(0)
+    model = Step().bfloat16().eval()
+
+    def make_inputs(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        x, keys = (torch.randn(shape, generator=generator).bfloat16() for shape in ((256,), (8, 256)))
+        return (x, {"keys": keys}), {}
+
+    wide = copy.deepcopy(model).double()
+
+    def in_one_rounding(x: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:
+        cache["keys"][3] = (factor * wide.layers(x.double())).bfloat16()
+        return cache["keys"][:4].float().mean(1)
+
+    found = check(Workload("step", model, *make_inputs(0), make_inputs=make_inputs), in_one_rounding)
+    assert found.are_inputs_unchanged == is_right, found.problems
+    if not is_right:
+        assert any("input[0][1]['keys'] is left different" in problem for problem in found.problems)
+
+
 def test_an_output_that_aliases_an_input_fails_when_the_baseline_copies() -> None:
     workload = Workload("identity", lambda x: x.clone(), (X,))
     assert "shares memory with input[0][0], the baseline's with nothing" in _problems(lambda x: x, workload)

@@ -48,10 +48,18 @@ def test_a_result_that_is_an_input_or_a_weight_is_not_copied() -> None:
     assert not OutputStrides(strides_of(torch.randn(3, 13)), ours, [False])
 
 
-def test_a_view_with_gaps_is_no_layout_to_give_back() -> None:
-    assert strides_of([padded(3, 13), torch.randn(3, 1).expand(3, 4), 7, torch.randn(4, 3).t()]) == [
-        None, None, (1, 3),
-    ]  # fmt: skip
+def test_views_with_gaps_are_a_layout_to_give_back_unless_they_overlap_or_lie_far_apart() -> None:
+    keys, logits = torch.randn(2, 4, 12, 3), torch.randn(2, 40, 5)
+    last_keys, last_logits = keys[:, :, -7:], logits[:, -1]
+    overlapping = torch.randn(9).unfold(0, 4, 1)
+    assert strides_of([padded(3, 13), last_keys, torch.randn(4, 3).t(), 7]) == [(16, 1), (144, 36, 3, 1), (1, 3)]
+    assert (
+        strides_of([last_logits, torch.randn(3, 1).expand(3, 4), overlapping, torch.empty(0, 3)[:, 1:]]) == [None] * 4
+    )
+    ours = last_keys.clone()
+    assert ours.stride() != last_keys.stride()
+    found = OutputStrides(strides_of(last_keys), ours, [True])(ours)
+    assert found.stride() == last_keys.stride() and torch.equal(found, last_keys)
 
 
 @pytest.mark.parametrize("is_fast", [True, False], ids=["direct", "through Dynamo's guards"])
