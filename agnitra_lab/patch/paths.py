@@ -128,10 +128,13 @@ class Paths:
 
     def _graphed(self, run: Run, ends: Ends) -> GraphedCall:
         try:
-            return GraphedCall(
-                run, ends.arguments.given, self._liveness, self._strides,
-                written=ends.written, restore=self._state.restore,
-            )  # fmt: skip
+            # As every call is made: a product that is launched after the graph writes to given memory, which autograd
+            # refuses of weights that require gradients.
+            with torch.no_grad():
+                return GraphedCall(
+                    run, ends.arguments.given, self._liveness, self._strides,
+                    written=ends.written, restore=self._state.restore,
+                )  # fmt: skip
         finally:
             self._state.restore()
 

@@ -380,6 +380,17 @@ def test_a_candidate_is_rehearsed_on_a_copy_of_the_model_in_another_process() ->
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_a_call_that_ends_in_a_large_product_with_a_bias_is_one_cuda_graph():
+    """Installed as users do, with gradients recorded around it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 40_000)).to("cuda", torch.bfloat16).eval()
+    x = x_of(512, WIDTH)
+    patch = install(Workload("logits", model, (x,)), ["cuda_graph"], name="candidate")
+    assert patch.is_whole, patch.log().refusals
+    with torch.no_grad():
+        check_close(patch.model(2 * x), model(2 * x))
+
+
 class Layer:
     def __init__(self, keys) -> None:
         self.keys = keys

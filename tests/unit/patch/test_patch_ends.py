@@ -12,11 +12,14 @@ from torch import nn
 
 from agnitra_lab.contracts import Workload
 from agnitra_lab.errors import PatchError
+from agnitra_lab.patch import paths
 from agnitra_lab.patch.ends import Arguments, Result, changes, flat, held
 from agnitra_lab.patch.fast import are_apart
 from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.install import install
 from agnitra_lab.patch.liveness import Liveness
+from agnitra_lab.patch.paths import Paths
+from agnitra_lab.patch.rollback import MutableState
 
 
 @pytest.fixture(autouse=True)
@@ -123,9 +126,6 @@ def test_inputs_that_share_memory_with_one_that_is_written_are_left_to_dynamo():
 
 
 def raise_where_written(model, x):
-    from agnitra_lab.patch.paths import Paths
-    from agnitra_lab.patch.rollback import MutableState
-
     workload = Workload("case", model, (x, x))
     state = MutableState.of(workload)
     model(x, x)
@@ -225,6 +225,29 @@ def test_a_graph_writes_what_the_call_writes_to_each_ones_own_cache(monkeypatch)
             torch.testing.assert_close(mine.layers[0].keys, other.layers[0].keys)
             assert int(mine.position) == start + 1
             assert found[1] is mine.layers[0].keys and found[2] is mine.position
+
+
+def test_a_graph_is_made_and_tried_without_gradients_as_it_is_called(monkeypatch):
+    """A product with `out=` behind a graph refuses weights that require gradients where these are recorded."""
+    seen = []
+
+    class Recording(GraphedCall):
+        def __call__(self, given):
+            seen.append(torch.is_grad_enabled())
+            return super().__call__(given)
+
+        def _warm_call(self):
+            seen.append(torch.is_grad_enabled())
+            return super()._warm_call()
+
+    fake_capture.install(monkeypatch)
+    monkeypatch.setattr(paths, "GraphedCall", Recording)
+    model = nn.Linear(8, 8)
+    workload = Workload("case", model, (torch.ones(2, 8),))
+    given = Paths(workload, MutableState.of(workload).only_written(), [])
+    ends = given._ends(Arguments(workload.args, {}), Result(torch.ones(1), []))
+    given._graphed(lambda values: [model(*values)], ends)
+    assert seen and not any(seen)
 
 
 def test_a_graph_that_writes_to_an_input_of_its_own_accord_is_refused(monkeypatch):
