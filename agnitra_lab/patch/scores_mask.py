@@ -154,7 +154,16 @@ class _Additive:
         fake = fake_of(total)
         if fake is not None and fake.shape[-1] != self.num_keys:
             total = self._call("expand", total, *fake.shape[:-1], self.num_keys)
-        return total
+        return self._dense(total)
+
+    def _dense(self, mask: fx.Node) -> fx.Node:
+        """Return the mask with its keys side by side, without which no fused kernel of a GPU takes it.
+
+        A bias by relative position comes as [S, T, H], turned: T5's attentions were left to two products and a softmax.
+        """
+        fake = fake_of(mask)
+        is_dense = fake is None or fake.shape[-1] == 1 or fake.stride(-1) == 1
+        return mask if is_dense else self._call("contiguous", mask)
 
     def _always_sees(self, mask: Mask) -> bool:
         known = self.constants.of(mask.node)

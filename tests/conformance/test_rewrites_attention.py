@@ -234,6 +234,20 @@ def test_other_masks_become_additive_ones_that_keep_what_hidden_rows_do(name, pa
     assert log.descriptors[0].config["mask"] == "additive"
 
 
+def test_a_bias_made_as_steps_by_heads_reaches_the_kernel_with_its_keys_side_by_side(monkeypatch):
+    """No fused kernel of a GPU takes it as T5 makes it: from rows of a table, one value a head in each."""
+    seen = []
+    original = functional.scaled_dot_product_attention
+
+    def spy(*args: Tensor, **options: Any) -> Tensor:
+        seen.append(options["attn_mask"].stride(-1))
+        return original(*args, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    check(masked(lambda m, s: s + m.bias_table.movedim(1, -1).contiguous().movedim(-1, 1)), Q, K, V)
+    assert seen and set(seen) == {1}
+
+
 def test_a_causal_mask_over_more_keys_than_queries_stays_a_mask():
     function = masked(lambda m, s: s.masked_fill(m.tril[:, :, :3, :STEPS] == 0, INF))
     _, log = check(function, Q[:, :, :3], K, V)

@@ -51,6 +51,8 @@ class Hand(nn.Module):
             scores = scores.masked_fill(padding[:, None, None] == 0, float("-inf"))
         elif self.kind == "bias":
             scores = scores + self.bias
+        elif self.kind == "turned bias":
+            scores = scores + self.bias.movedim(1, -1).contiguous().movedim(-1, 1)
         elif self.kind == "window":
             steps = torch.arange(q.size(-2), device=q.device)
             distance = steps[:, None] - steps[None, :]
@@ -58,7 +60,7 @@ class Hand(nn.Module):
         return scores.softmax(-1) @ v
 
 
-KINDS = ["none", "causal", "padding, lowest", "padding, filled", "padding, -inf", "bias", "window"]
+KINDS = ["none", "causal", "padding, lowest", "padding, filled", "padding, -inf", "bias", "turned bias", "window"]
 
 
 def error_of(result: Any, oracle: Any) -> float:

@@ -1,7 +1,8 @@
 """Attention runs on the SDPA backend that measures fastest for its shape on this device.
 
 Trigger: `scaled_dot_product_attention` without dropout. A constant mask that is causal becomes `is_causal`, one that
-hides nothing goes away, and a band (sliding window) competes as kernels that skip what it hides.
+hides nothing goes away, and a band (sliding window) competes as kernels that skip what it hides. A mask whose keys do
+not lie side by side competes as its copy in which they do.
 Algebra: all of them compute softmax(q k^T * scale + mask) v; they differ in tiling, so in the last bits.
 Guard: a backend that refuses the shape, dtype, mask or head grouping, or whose result on random tensors is not the
 default's, drops out; the default stays unless another is more than 3% faster. AOTAutograd picks the backend when it
@@ -167,6 +168,11 @@ def _choose(arguments: dict[str, Any], mask: _Mask) -> _Choice:
         attentions: dict[str, Attention] = {"default": functional.scaled_dot_product_attention}
         if fake.device.type == "cuda":
             attentions |= {name: _on_backend(backend) for name, backend in _backends().items()}
+            if _has_turned_mask(arguments):
+                attentions |= {
+                    f"{name}_dense_mask": _with_dense_mask(_on_backend(backend))
+                    for name, backend in _backends().items()
+                }
             if arguments["enable_gqa"] and arguments["attn_mask"] is not None and fake.dim() == 4:
                 # With a mask the efficient backend does not group heads: without copies of them math is left.
                 attentions |= {
@@ -240,6 +246,19 @@ def _on_backend(backend: Any) -> Attention:
             return functional.scaled_dot_product_attention(**arguments)
 
     return attention
+
+
+def _has_turned_mask(arguments: dict[str, Any]) -> bool:
+    """Whether a mask's keys do not lie side by side, as in a bias made as [S, T, H]: no fused kernel takes such."""
+    mask = fake_of(arguments["attn_mask"])
+    return mask is not None and mask.shape[-1] != 1 and mask.stride(-1) != 1
+
+
+def _with_dense_mask(attention: Attention) -> Attention:
+    def dense(**arguments: Any) -> Tensor:
+        return attention(**{**arguments, "attn_mask": arguments["attn_mask"].contiguous()})
+
+    return dense
 
 
 def _laid_out(attention: Attention, stride: tuple[int, ...]) -> Attention:
