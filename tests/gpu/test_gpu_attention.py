@@ -153,6 +153,25 @@ def test_a_window_survives_inductor_and_a_cuda_graph():
         torch.testing.assert_close(patch.model(q, k, v), model(q, k, v), rtol=2e-2, atol=2e-2)
 
 
+def test_a_bias_whose_keys_do_not_lie_side_by_side_is_given_to_a_fused_kernel_as_a_copy():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(512, 512, 8))
+
+        def forward(self, q, k, v):
+            return functional.scaled_dot_product_attention(q, k, v, attn_mask=self.table.permute(2, 0, 1)[None] * 1.0)
+
+    torch.manual_seed(0)
+    model = Biased().to("cuda", torch.bfloat16).eval()
+    q, k, v = (torch.randn(4, 8, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    patch = install(Workload("biased", model, (q, k, v)), ["sdpa_backend"], name="candidate")
+    assert [change.replacement for change in patch.log().descriptors if "dense_mask" in change.replacement]
+    with torch.no_grad():
+        oracle = copy.deepcopy(model).double()(q.double(), k.double(), v.double())
+        assert error_of(patch.model(q, k, v), oracle) <= 1.25 * error_of(model(q, k, v), oracle)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_convolutions_change_layout_where_that_is_faster(dtype, monkeypatch):
     model = nn.Sequential(
