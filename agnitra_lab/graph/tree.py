@@ -82,7 +82,7 @@ def replace_tensors(
             value[key] = part
     elif is_record(value):
         for name, part in zip(_attributes(value), changed, strict=True):
-            object.__setattr__(value, name, part)
+            set_attribute(value, name, part)
     else:
         return with_parts(value, changed)
     return value
@@ -224,5 +224,14 @@ def with_parts(value: Any, parts: list[Any]) -> Any:
         return rebuilt
     rebuilt = copy.copy(value)
     for name, part in zip(_attributes(value), parts, strict=True):
-        object.__setattr__(rebuilt, name, part)
+        set_attribute(rebuilt, name, part)
     return rebuilt
+
+
+def set_attribute(value: Any, name: str, part: Any) -> None:
+    """Put a part into a record, past what its class makes of that: a frozen dataclass, a property of the same name."""
+    table = getattr(value, "__dict__", {})
+    if name in table:
+        table[name] = part
+    else:
+        object.__setattr__(value, name, part)

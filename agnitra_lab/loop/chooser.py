@@ -192,7 +192,7 @@ class Chooser:
             if best_ms is not None and kernels_ms is not None and best_ms < kernels_ms:
                 return f"eager's kernels take {kernels_ms:.3g} ms however they are launched, {self.best} {best_ms:.3g}"
             return None
-        if candidate.mode == "default" and self._best_compiled() is None:
+        if candidate.mode == "default" and self._best_compiled() is None and not self._lacks_one(candidate):
             # Whatever the budget: the answer must not be slower than plain torch.compile for want of a look at it.
             return None
         if candidate.is_raw and candidate.mode == "reduce-overhead":
@@ -208,6 +208,11 @@ class Chooser:
                 f"{self._limit_ms:.3g} ms"
             )
         return None
+
+    def _lacks_one(self, candidate: Candidate) -> bool:
+        """Whether a candidate lacks one of all changes: there may be a dozen such, all refused for one reason."""
+        whole = self._all_changes
+        return whole is not None and bool(candidate.changes) and "as_laid_out" not in candidate.actions
 
     def _note_compile(self, seconds: float, changes: Collection[str]) -> None:
         self._compile_s = seconds

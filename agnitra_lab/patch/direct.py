@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from agnitra_lab.errors import PatchError
-from agnitra_lab.patch.ends import Arguments, Result, changes, flat, held
+from agnitra_lab.patch.ends import Result, changes, flat, held
 from agnitra_lab.patch.liveness import Liveness
 from agnitra_lab.patch.signature import PLAIN
 
@@ -28,9 +28,9 @@ class DirectCall:
         compiled: the function that Dynamo compiled.
         record: runs its argument and returns the result, and (run, arguments, outputs) of every graph call inside.
         liveness: the model's tensors.
-        arguments: of the traced call.
-        args: its positional arguments.
+        args: positional arguments of the traced call.
         kwargs: its keyword arguments.
+        given: the same, as `Arguments` reads them.
 
     Attributes:
         result: how a result is put together from the tensors that a call returns.
@@ -44,11 +44,10 @@ class DirectCall:
         compiled: Callable[..., Any],
         record: Callable[[Callable[[], Any]], tuple[Any, list[tuple[Any, Sequence[Any], Any]]]],
         liveness: Liveness,
-        arguments: Arguments,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        given: Sequence[Any],
     ) -> None:
-        given = arguments.given
         before = held(given)
         with unchanged_attributes(liveness):
             result, calls = record(lambda: compiled(*args, **kwargs))

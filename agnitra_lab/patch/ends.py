@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from agnitra_lab.errors import PatchError
-from agnitra_lab.graph.tree import map_tensors, parts_of, tensors, with_parts
-from agnitra_lab.patch.signature import PLAIN
+from agnitra_lab.graph.tree import map_tensors, parts_of, set_attribute, tensors, with_parts
+from agnitra_lab.patch.signature import PLAIN, looks_inside
 
 _Getter = Callable[[Any], Any]
 _Reader = Callable[[Any, list[Any]], None]
@@ -38,7 +38,6 @@ class Arguments:
         root = (args, dict(kwargs))
         self._read = _reader(root, frozenset())
         self._make = _maker(root, {id(tensor): index for index, (_, tensor) in enumerate(tensors(root))}, {})
-        self.given = self(args, kwargs)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return those of a call whose arguments match the signature."""
@@ -145,7 +144,7 @@ def _put(value: Any, parts: Mapping[Any, Any], gone: Sequence[Any]) -> None:
         for key in gone:
             object.__delattr__(value, key)
         for key, part in parts.items():
-            object.__setattr__(value, key, part)
+            set_attribute(value, key, part)
 
 
 def _reader(value: Any, above: frozenset[int]) -> _Reader:
@@ -156,7 +155,7 @@ def _reader(value: Any, above: frozenset[int]) -> _Reader:
     """
     if isinstance(value, Tensor):
         return _append
-    inner = parts_of(value) if id(value) not in above else None
+    inner = parts_of(value) if id(value) not in above and looks_inside(value) else None
     if inner is None:
         if not isinstance(value, PLAIN):
             raise PatchError(f"an input is a {type(value).__name__}, whose value no guard compares")
@@ -190,8 +189,9 @@ def _getters(value: Any) -> list[_Getter]:
         return [itemgetter(key) for key in value]
     if isinstance(value, (list, tuple)):
         return [itemgetter(index) for index in range(len(value))]
+    # Not by getattr: a property may have the name of an attribute.
     names = [name.removeprefix(".") for name, _ in parts_of(value) or ()]
-    return [lambda item, name=name: getattr(item, name) for name in names]  # type: ignore[misc]
+    return [lambda item, name=name: item.__dict__[name] for name in names]  # type: ignore[misc]
 
 
 def _maker(

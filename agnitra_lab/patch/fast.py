@@ -29,11 +29,12 @@ class Ends:
         written: places, in what it is given, of the tensors that it writes to.
     """
 
-    def __init__(self, arguments: Arguments, result: Result, written: Collection[int]) -> None:
+    def __init__(self, arguments: Arguments, given: Sequence[Any], result: Result, written: Collection[int]) -> None:
+        """Keep the sizes of what the first call was given, and none of it."""
         self.arguments, self.result, self.written = arguments, result, sorted(written)
         self._pieces = [
             (index, _num_bytes(value), index in written)
-            for index, value in enumerate(arguments.given)
+            for index, value in enumerate(given)
             if isinstance(value, Tensor)
         ]
 

@@ -54,9 +54,9 @@ class Paths:
         """
         try:
             with torch.no_grad():
-                arguments = self._arguments()
-                direct, is_pure = self._direct(compiled, backend, arguments)
-                ends = self._ends(arguments, direct.result)
+                arguments, given = self._arguments()
+                direct, is_pure = self._direct(compiled, backend, given)
+                ends = self._ends(arguments, given, direct.result)
         except PatchError as error:
             return None, error.message
         path = self._path("direct", self._restrided(direct), ends, backend.guards, is_pure=is_pure)
@@ -64,7 +64,7 @@ class Paths:
             return path, None
         try:
             # What leaves the graph is copied in any case, and takes the original's strides by the way.
-            run = self._graphed(direct, ends)
+            run = self._graphed(direct, given, ends)
             graphed = self._path("cuda_graph", run, ends, backend.guards, is_pure=is_pure)
         except PatchError as error:
             return path, error.message
@@ -81,7 +81,8 @@ class Paths:
         Raises:
             PatchError: when it cannot be captured, or reads memory that nothing here could watch.
         """
-        model, arguments = self._workload.model, self._arguments()
+        model = self._workload.model
+        arguments, first = self._arguments()
 
         def call(given: Sequence[Any]) -> tuple[Any, list[Any], list[Change]]:
             args, kwargs = arguments.rebuilt(given)
@@ -97,44 +98,45 @@ class Paths:
         versions = self._liveness.versions()
         try:
             with unchanged_attributes(self._liveness):
-                op = untracked_memory(lambda: traced.append(call(arguments.given)), arguments.given, self._liveness)
+                op = untracked_memory(lambda: traced.append(call(first)), first, self._liveness)
         finally:
             self._state.restore()
         if op is not None:
             raise PatchError(f"{op} reads a tensor that is neither an input nor a parameter, buffer or attribute")
         is_pure = not self._state.tensors and versions == self._liveness.versions()
-        ends = self._ends(arguments, Result(*traced.pop()))
-        return self._path("cuda_graph", self._graphed(run, ends), ends, (), is_pure=is_pure)
+        ends = self._ends(arguments, first, Result(*traced.pop()))
+        return self._path("cuda_graph", self._graphed(run, first, ends), ends, (), is_pure=is_pure)
 
-    def _arguments(self) -> Arguments:
-        return Arguments(self._workload.args, self._workload.kwargs)
+    def _arguments(self) -> tuple[Arguments, list[Any]]:
+        args, kwargs = self._workload.args, self._workload.kwargs
+        arguments = Arguments(args, kwargs)
+        return arguments, arguments(args, kwargs)
 
-    def _ends(self, arguments: Arguments, result: Result) -> Ends:
+    def _ends(self, arguments: Arguments, given: Sequence[Any], result: Result) -> Ends:
         is_written = set(map(id, self._state.tensors))
-        written = {index for index, value in enumerate(arguments.given) if id(value) in is_written}
-        ends = Ends(arguments, result, written)
-        if not ends.are_apart(arguments.given):
+        written = {index for index, value in enumerate(given) if id(value) in is_written}
+        ends = Ends(arguments, given, result, written)
+        if not ends.are_apart(given):
             raise PatchError("the call writes to an input that shares memory with another one")
         return ends
 
-    def _direct(self, compiled: Callable[..., Any], backend: Backend, arguments: Arguments) -> tuple[DirectCall, bool]:
+    def _direct(self, compiled: Callable[..., Any], backend: Backend, given: Sequence[Any]) -> tuple[DirectCall, bool]:
         versions = self._liveness.versions()
         args, kwargs = self._workload.args, self._workload.kwargs
         try:
-            direct = DirectCall(compiled, backend.record, self._liveness, arguments, args, kwargs)
+            direct = DirectCall(compiled, backend.record, self._liveness, args, kwargs, given)
         finally:
             self._state.restore()
         return direct, not self._state.tensors and versions == self._liveness.versions()
 
-    def _graphed(self, run: Run, ends: Ends) -> GraphedCall:
+    def _graphed(self, run: Run, given: Sequence[Any], ends: Ends) -> GraphedCall:
         try:
             # As every call is made: a product that is launched after the graph writes to given memory, which autograd
             # refuses of weights that require gradients.
             with torch.no_grad():
                 return GraphedCall(
-                    run, ends.arguments.given, self._liveness, self._strides,
-                    written=ends.written, restore=self._state.restore,
-                )  # fmt: skip
+                    run, given, self._liveness, self._strides, written=ends.written, restore=self._state.restore
+                )
         finally:
             self._state.restore()
 

@@ -49,6 +49,13 @@ class Signature:
         return next((leaf.difference(value) for leaf, value in pairs if not leaf.matches(value)), "arguments")
 
 
+def looks_inside(value: Any) -> bool:
+    """Whether a signature compares what a value holds, and not its type alone."""
+    if isinstance(value, (tuple, list, dict)):
+        return True
+    return is_record(value) and hasattr(value, "__dict__")
+
+
 class _Leaf:
     """One argument. Containers and caches check what they hold; other objects must be of the same type, Dynamo guards
     the rest."""
@@ -71,7 +78,7 @@ class _Leaf:
             self.keys = list(value)
             self.items = [_Leaf(where, item, above) for item in value.values()]
             self.matches = self._matches_dict
-        elif is_record(value) and hasattr(value, "__dict__") and id(value) not in held_by:
+        elif looks_inside(value) and id(value) not in held_by:
             self.keys = list(value.__dict__)
             self.items = [_Leaf(where, item, above) for item in value.__dict__.values()]
             self.matches = self._matches_record

@@ -8,6 +8,7 @@ Shape legend: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from sizes import Draw, default_device, ids, sized, values
 from torch import Tensor, nn
 
 from agnitra_lab.contracts.workload import Inputs, Workload
+from agnitra_lab.errors import MissingError
 from agnitra_lab.workloads.assembly import assemble, seeded
 
 BF16 = torch.bfloat16
@@ -51,12 +53,21 @@ def published(
     return assemble(name, model, make_inputs, settings, items=items, unit=unit, phase=phase)
 
 
+def package(name: str) -> Any:
+    """Import a package that nothing else here needs."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingError(
+            f"{name} is needed for this model, and cannot be imported: {error}.", hint=f"Install it: pip install {name}"
+        ) from error
+
+
 def of_transformers(model: str, config: str, attention: str = "sdpa", **fields: Any) -> Build:
     """Return what builds a class of transformers from a configuration."""
 
     def build() -> nn.Module:
-        import transformers
-
+        transformers = package("transformers")
         filled = getattr(transformers, config)(**fields)
         filled._attn_implementation = attention
         built: nn.Module = getattr(transformers, model)(filled)
@@ -69,9 +80,7 @@ def of_timm(name: str) -> Build:
     """Return what builds a model of timm by its name."""
 
     def build() -> nn.Module:
-        import timm
-
-        built: nn.Module = timm.create_model(name, pretrained=False)
+        built: nn.Module = package("timm").create_model(name, pretrained=False)
         return built
 
     return build

@@ -165,6 +165,16 @@ def test_a_call_that_no_graph_of_ours_holds_is_tried_with_inductors_own_before_a
     assert not [name for name in tried(chooser) if "reduce-overhead" in name]
 
 
+def test_changes_that_are_all_refused_are_left_out_one_by_one_only_within_the_budget(monkeypatch):
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(chooser_module, "clock_s", lambda: float(next(clock)))
+    times_ms = dict.fromkeys(("agnitra", "torch.compile", "agnitra-qkv_concat", "agnitra-rms_norm"), 20.0)
+    chooser, _ = run(times_ms, budget_s=100.0)
+    assert tried(chooser)[:3] == ["agnitra", "cuda_graph", "torch.compile"]
+    reasons = {result.name: result.reason for result in chooser.results if result.status == "skipped"}
+    assert "s are spent" in reasons["agnitra-qkv_concat"] and "s are spent" in reasons["agnitra-rms_norm"]
+
+
 def test_reduce_overhead_is_looked_at_whatever_the_budget_where_it_may_be_the_faster_mode():
     chooser, _ = run({"agnitra": 4.0}, is_whole=False, budget_s=0.0)
     assert tried(chooser) == ["agnitra", "cuda_graph", "torch.compile:reduce-overhead"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import fake_capture
 import pytest
@@ -129,7 +133,7 @@ def raise_where_written(model, x):
     workload = Workload("case", model, (x, x))
     state = MutableState.of(workload)
     model(x, x)
-    Paths(workload, state.only_written(), [])._ends(Arguments((x, x), {}), Result(x, [x, x]))
+    Paths(workload, state.only_written(), [])._ends(Arguments((x, x), {}), [x, x], Result(x, [x, x]))
 
 
 @pytest.mark.parametrize(
@@ -185,6 +189,38 @@ def test_an_argument_whose_value_no_signature_compares_is_left_to_dynamo():
         assert float(ours(torch.ones(4), Scale(3.0))[0]) == 3.0
 
 
+@dataclass
+class Slotted:
+    __slots__ = ("x",)
+    x: torch.Tensor
+
+
+@pytest.mark.parametrize("make", [Slotted, lambda x: MappingProxyType({"x": x})], ids=["slots", "proxy"])
+def test_a_container_that_no_signature_looks_into_is_left_to_dynamo(make):
+    with pytest.raises(PatchError, match="no guard compares"):
+        Arguments((make(torch.ones(2)),), {})
+
+
+def test_an_attribute_is_read_where_a_property_has_its_name():
+    class Odd:
+        keys = property(lambda self: self.__dict__["keys"] * 0)
+
+    odd = Odd()
+    odd.__dict__["keys"] = torch.ones(2)
+    assert any(value is odd.__dict__["keys"] for value in Arguments((odd,), {})((odd,), {}))
+
+
+def test_what_the_first_call_was_given_is_not_kept():
+    ours, _ = installed("written")
+    cache = Cache(torch.zeros(1, 16, 8))
+    patch = install(Workload("case", CASES["written"][0], (torch.ones(1, 1, 8), cache)), [], name="c", is_lowered=False)
+    keys = weakref.ref(cache.layers[0].keys)
+    model = patch.model
+    del patch, cache, ours
+    gc.collect()
+    assert keys() is None and model.is_optimized
+
+
 def test_a_list_that_a_call_shortens_and_fills_is_changed_in_place():
     given = [["a", torch.ones(2)], {"b": 1, "c": 2}]
     before = held(given)
@@ -203,17 +239,17 @@ def test_a_graph_writes_what_the_call_writes_to_each_ones_own_cache(monkeypatch)
     fake_capture.install(monkeypatch)
     model, restored = Returning(), []
     cache = Cache(torch.zeros(1, 16, 8))
-    arguments = Arguments((torch.randn(1, 1, 8), cache), {})
+    args = (torch.randn(1, 1, 8), cache)
+    arguments = Arguments(args, {})
+    first = arguments(args, {})
 
     def run(given):
         args, kwargs = arguments.rebuilt(given)
         return flat(model(*args, **kwargs), [])
 
-    tensors = [index for index, value in enumerate(arguments.given) if torch.is_tensor(value)]
+    tensors = [index for index, value in enumerate(first) if torch.is_tensor(value)]
     with torch.no_grad():
-        graph = GraphedCall(
-            run, arguments.given, Liveness(model), written=tensors[1:], restore=lambda: restored.append(True)
-        )
+        graph = GraphedCall(run, first, Liveness(model), written=tensors[1:], restore=lambda: restored.append(True))
         assert not cache.layers[0].keys.any() and int(cache.position) == 4 and restored
         for start in (4, 9):
             x, mine, other = torch.randn(1, 1, 8), Cache(torch.zeros(1, 16, 8)), Cache(torch.zeros(1, 16, 8))
@@ -245,8 +281,8 @@ def test_a_graph_is_made_and_tried_without_gradients_as_it_is_called(monkeypatch
     model = nn.Linear(8, 8)
     workload = Workload("case", model, (torch.ones(2, 8),))
     given = Paths(workload, MutableState.of(workload).only_written(), [])
-    ends = given._ends(Arguments(workload.args, {}), Result(torch.ones(1), []))
-    given._graphed(lambda values: [model(*values)], ends)
+    ends = given._ends(Arguments(workload.args, {}), workload.args, Result(torch.ones(1), []))
+    given._graphed(lambda values: [model(*values)], workload.args, ends)
     assert seen and not any(seen)
 
 

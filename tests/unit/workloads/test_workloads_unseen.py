@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from agnitra_lab.errors import MissingError
 from agnitra_lab.graph.tree import tensors
 from agnitra_lab.workloads.target import resolve
 
@@ -25,6 +26,7 @@ def _listing() -> ModuleType:
 
 
 LISTING = _listing()
+PACKAGES = {"hf": "transformers", "timm": "timm"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,8 @@ def _tiny_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [f"{part}:{name}" for part in LISTING.PARTS for name in LISTING.functions(part)])
 def test_an_unseen_workload_gives_finite_outputs_that_are_spread(name: str) -> None:
     part, _, function = name.partition(":")
+    if part == "published":
+        pytest.importorskip(PACKAGES[function.partition("_")[0]], exc_type=ImportError)
     workload = resolve(f"{UNSEEN / part}.py:{function}")
     assert workload.settings["scale"] == "tiny"
     with torch.no_grad():
@@ -43,6 +47,13 @@ def test_an_unseen_workload_gives_finite_outputs_that_are_spread(name: str) -> N
     for output in outputs:
         assert torch.isfinite(output).all()
         assert output.double().std() > 1e-4 if output.numel() > 1 else output != 0
+
+
+def test_a_published_model_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingError, match="transformers is needed") as raised:
+        resolve(f"{UNSEEN / 'published'}.py:hf_llama")
+    assert raised.value.hint is not None and "pip install transformers" in raised.value.hint
 
 
 def test_the_listing_names_the_workloads_of_a_part_as_the_shell_takes_them() -> None:
