@@ -380,6 +380,27 @@ def test_a_candidate_is_rehearsed_on_a_copy_of_the_model_in_another_process() ->
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_our_changes_on_both_sides_of_python_run_in_inductors_own_cuda_graphs(tower):
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tower
+
+        def forward(self, x):
+            x = self.tower(x)
+            torch._dynamo.graph_break()
+            return self.tower(x)
+
+    model, x = Broken(), x_of(1, 3, WIDTH)
+    actions = ["qkv_concat", "gate_up_concat"]
+    patch = install(Workload("broken", model, (x,)), actions, name="candidate", base_mode="reduce-overhead")
+    assert patch.log().num_graphs == 2 and len(patch.log().descriptors) == 4 * len(tower.layers)
+    with torch.no_grad():
+        outputs = [patch.model(x * scale) for scale in (1, 2, 3, 4)]
+        for scale, output in zip((1, 2, 3, 4), outputs, strict=True):
+            check_close(output, model(x * scale))
+
+
 def test_a_call_that_ends_in_a_large_product_with_a_bias_is_one_cuda_graph():
     """Installed as users do, with gradients recorded around it."""
     torch.manual_seed(0)
