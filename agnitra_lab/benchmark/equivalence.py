@@ -247,7 +247,7 @@ class _Gate:
 
     def run(self, seed: int) -> bool:
         """Compare both on the inputs of one seed; False when there is no point in going on."""
-        inputs = redraw(self.workload, seed)
+        inputs = redraw(self.reference.drawn_from, seed)
         versions = self.candidate_state.parameter_versions()
         num_threads = torch.get_num_threads()
         _poison(self.probe_call)

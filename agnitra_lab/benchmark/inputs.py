@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -37,10 +38,7 @@ def redraw(workload: Workload, seed: int) -> Inputs:
     def draw(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device not in generators:
             generators[tensor.device] = torch.Generator(device=tensor.device).manual_seed(seed)
-        drawn = _draw_like(tensor.detach(), generators[tensor.device])
-        if _is_fixed(tensor):
-            setattr(drawn, _MARK, getattr(tensor, _MARK))
-        return drawn
+        return _as_fixed(_draw_like(tensor.detach(), generators[tensor.device]), tensor)
 
     with torch.no_grad():
         return map_tensors((tuple(workload.args), dict(workload.kwargs)), draw)
@@ -64,7 +62,7 @@ class FreshInputs:
             draw_budget_s: time for drawing beyond `seeds`.
             is_fresh: False keeps to `seeds`.
         """
-        self._workload = workload
+        self._workload = with_own_inputs(workload)
         self._places = fixed_tensors(workload)
         self._seeds = seeds
         self._left_s = draw_budget_s if is_fresh else 0.0
@@ -105,6 +103,20 @@ def fixed_tensors(workload: Workload) -> list[torch.Tensor]:
     return list({id(tensor): tensor for _, tensor in given if _is_fixed(tensor)}.values())
 
 
+def with_own_inputs(workload: Workload) -> Workload:
+    """Return the workload with copies of its inputs where calls write to some of them: what is drawn looks like the
+    inputs as they are given, and not like what calls have left of them."""
+    if not fixed_tensors(workload):
+        return workload
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        return _as_fixed(_copy(tensor), tensor)
+
+    with torch.no_grad():
+        args, kwargs = map_tensors((tuple(workload.args), dict(workload.kwargs)), copy)
+    return replace(workload, args=args, kwargs=kwargs)
+
+
 def shifted_copy(inputs: Inputs, places: Sequence[torch.Tensor] = ()) -> Inputs:
     """Copy inputs into new memory, with equal values, strides and alignment.
 
@@ -125,6 +137,12 @@ def shifted_copy(inputs: Inputs, places: Sequence[torch.Tensor] = ()) -> Inputs:
 
     with torch.no_grad():
         return map_tensors(inputs, copy)
+
+
+def _as_fixed(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if _is_fixed(like):
+        setattr(tensor, _MARK, getattr(like, _MARK))
+    return tensor
 
 
 def _is_fixed(tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from agnitra_lab.benchmark.effects import is_untouched
 from agnitra_lab.benchmark.elements import RELAXED_RTOL, match, rtol_of
-from agnitra_lab.benchmark.inputs import num_bytes, redraw, shifted_copy
+from agnitra_lab.benchmark.inputs import num_bytes, redraw, shifted_copy, with_own_inputs
 from agnitra_lab.benchmark.oracle import Oracle, build_oracle, oracle_failure
 from agnitra_lab.benchmark.outputs import Call, fingerprint, leaf_rtols, overwritten_outputs, run_call
 from agnitra_lab.benchmark.state import ModuleState, module_of, same_values
@@ -60,6 +60,7 @@ class Reference:
         precision_track: "relaxed" has no oracle.
 
     Attributes:
+        drawn_from: what fresh inputs look like: the workload, with inputs that no call writes to.
         state: the baseline's module state, restored before each call to what the probe left.
         notes: what is to be said of every check made with it.
         least_rtol: relative tolerance of the dtype that the model mostly has.
@@ -75,6 +76,7 @@ class Reference:
         precision_track: PrecisionTrack = "exact",
     ) -> None:
         self.workload = workload
+        self.drawn_from = with_own_inputs(workload)
         self.baseline = baseline or workload.model
         self.precision_track = precision_track
         module = module_of(workload.model)
@@ -109,7 +111,7 @@ class Reference:
             if note:
                 self.notes[note] = None
         self._left_bytes = _memory_to_keep(self.device)
-        self.probe_inputs = redraw(self.workload, _PROBE_SEED)
+        self.probe_inputs = redraw(self.drawn_from, _PROBE_SEED)
         try:
             first = run_call(self.baseline, shifted_copy(self.probe_inputs), self.state)
             again = run_call(self.baseline, shifted_copy(self.probe_inputs), self.state)

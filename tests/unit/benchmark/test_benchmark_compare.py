@@ -129,6 +129,41 @@ def test_state_is_put_back_before_each_timed_call_and_at_the_end() -> None:
 
 
 @pytest.mark.slow
+class Counting(nn.Module):
+    """Writes to the cache that it is given, at a place that the cache counts itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:
+        cache["keys"].index_copy_(0, cache["length"].reshape(1), self.project(x))
+        cache["length"].add_(1)
+        return cache["keys"].cumsum(0)
+
+
+def test_inputs_of_a_cache_that_stays_in_its_place_are_drawn_as_it_was_given() -> None:
+    """As transformers' static caches, which promise their address; here nothing draws them but their own values."""
+    cache = {"keys": torch.randn(64, 16), "length": torch.tensor(3)}
+    for tensor in cache.values():
+        torch._dynamo.mark_static_address(tensor)
+    kept = {name: tensor.clone() for name, tensor in cache.items()}
+    addresses: set[int] = set()
+
+    class Twin(Counting):
+        def forward(self, x: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+            addresses.add(given["keys"].data_ptr())
+            return super().forward(x, given)
+
+    model, twin = Counting().eval(), Twin().eval()
+    twin.load_state_dict(model.state_dict())
+    workload = Workload("counting", model, (torch.randn(1, 16), cache))
+    found = compare(workload, twin, candidate_name="same", budget_s=0.2)
+    assert found.equivalence.is_equivalent, found.equivalence.problems
+    assert addresses == {cache["keys"].data_ptr()}
+    assert all(torch.equal(cache[name], kept[name]) for name in cache)
+
+
 def test_torch_compile_passes_the_same_gate() -> None:
     pytest.importorskip("triton")
     found = compare(WORKLOAD, torch.compile(MODEL), candidate_name="compile", budget_s=0.3)
