@@ -52,10 +52,10 @@ def explain(
         with torch.no_grad():
             return model(*workload.args, **workload.kwargs)
 
-    with as_it_was(workload):
+    with as_it_was(workload) as restore:
         after = capture.profile(
             call, name=workload.name, repeat=_NUM_CALLS, num_warmup=1, should_time=False, device_info=device,
-            reference=before,
+            reference=before, restore=restore,
         )  # fmt: skip
     after.save(folder)
     return regions(workload, before, after, descriptors, peaks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,17 +13,25 @@ from agnitra_lab.profiler.telemetry import Telemetry
 
 
 @contextmanager
-def as_it_was(workload: Workload) -> Iterator[None]:
-    """Put back what calls in the block write: buffers, arguments, and what a cache among these holds."""
+def as_it_was(workload: Workload) -> Iterator[Callable[[], None]]:
+    """Put back what calls in the block write: buffers, arguments, and what a cache among these holds.
+
+    Yields:
+        What puts it back at once, for between two calls.
+    """
     state = MutableState.of(workload)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         # The rest need not be written: that would count as a change of weights.
         state.only_written().restore()
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def profile(workload: Workload, **options: Any) -> Telemetry:
     """Profile a workload; arguments, result and errors are those of `capture.profile`."""
-    with as_it_was(workload):
-        return capture.profile(workload, **options)
+    with as_it_was(workload) as restore:
+        return capture.profile(workload, restore=restore, **options)

@@ -40,6 +40,7 @@ def profile(
     device_info: DeviceInfo | None = None,
     max_events: int = MAX_EVENTS,
     reference: Telemetry | None = None,
+    restore: Callable[[], None] | None = None,
 ) -> Telemetry:
     """Profile a workload, or a callable without arguments.
 
@@ -54,6 +55,8 @@ def profile(
         max_events: events kept, the earliest ones.
         reference: a profile of the same kernels, such as the eager model's: it tells what the kernels of a CUDA graph
             are that was captured before the profile by other means than torch.compile.
+        restore: puts back what a call writes; called before each call that is not recorded, and before each recording.
+            A cache that counts its tokens would be full after a dozen calls.
 
     Returns:
         The telemetry; times are of one call. `telemetry.value` is what a callable returned.
@@ -72,7 +75,8 @@ def profile(
         )
     if (repeat is not None and repeat < 1) or (num_warmup is not None and num_warmup < 0):
         raise UsageError(f"repeat must be at least 1 and num_warmup at least 0, got {repeat} and {num_warmup}.")
-    known = _Known(name, device_info, max_events, reference.attribution if reference is not None else None)
+    attribution = reference.attribution if reference is not None else None
+    known = _Known(name, device_info, max_events, attribution, restore or _nothing)
     if isinstance(target, Workload):
         repeats = repeat if repeat is not None else _WORKLOAD_REPEAT
         warmups = max(1, num_warmup if num_warmup is not None else _WORKLOAD_WARMUP)
@@ -93,6 +97,7 @@ class _Known:
     device_info: DeviceInfo | None
     max_events: int
     reference: Attribution | None
+    restore: Callable[[], None]
 
 
 def _profile_workload(workload: Workload, repeat: int, num_warmup: int, should_time: bool, known: _Known) -> Telemetry:
@@ -137,10 +142,18 @@ def _run_passes(
             hint="Leave its with block, or stop it, and profile again.",
         )
     has_device = device.type == "cuda"
+
+    def prepare() -> None:
+        known.restore()
+        synchronize(device)
+
     for _ in range(num_warmup):
+        prepare()
         call()
-    synchronize(device)
-    plain_ms = [_timed_ms(call, device) for _ in range(repeat)] if should_time else []
+    plain_ms = []
+    for _ in range(repeat if should_time else 0):
+        prepare()
+        plain_ms.append(_timed_ms(call, device))
     markers = ModuleMarkers()
     shape_session = memory_session = None
     if has_extra_passes:
@@ -148,10 +161,12 @@ def _run_passes(
         shape_session = ProfilerSession(has_device=has_device, has_shapes=True, markers=markers)
         memory_session = ProfilerSession(has_device=has_device, markers=markers, has_memory=True)
         for session in (shape_session, memory_session):
+            prepare()
             with session:
                 call()
                 synchronize(device)
     session = ProfilerSession(has_device=has_device, markers=markers, max_events=known.max_events)
+    prepare()
     with session, Observer(device) as observer:
         for _ in range(repeat):
             call()
@@ -167,6 +182,10 @@ def _run_passes(
         device_info=known.device_info,
         reference=known.reference,
     )
+
+
+def _nothing() -> None:
+    """There is nothing to put back."""
 
 
 def _timed_ms(call: Callable[[], Any], device: torch.device) -> float:
@@ -310,5 +329,6 @@ def capture_block(
     """
     if max_events < 1:
         raise UsageError(f"max_events must be at least 1, got {max_events}.")
-    known = _Known(name, device_info, max_events, reference.attribution if reference is not None else None)
+    attribution = reference.attribution if reference is not None else None
+    known = _Known(name, device_info, max_events, attribution, _nothing)
     return CaptureBlock(known, workload=workload, has_memory=has_memory, on_progress=on_progress)
