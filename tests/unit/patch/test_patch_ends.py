@@ -286,6 +286,18 @@ def test_a_graph_is_made_and_tried_without_gradients_as_it_is_called(monkeypatch
     assert seen and not any(seen)
 
 
+def test_a_written_input_that_is_returned_agrees_with_the_call(monkeypatch):
+    fake_capture.install(monkeypatch)
+    keys = torch.zeros(4)
+    kept = keys.clone()
+    graph = GraphedCall(
+        lambda given: [given[0].add_(1), given[0] * 2], [keys], Liveness(nn.Identity()), written=[0],
+        restore=lambda: keys.copy_(kept),
+    )  # fmt: skip
+    graph._kept = {0: kept}
+    assert graph._agrees([keys]) and not keys.any()
+
+
 def test_a_graph_that_writes_to_an_input_of_its_own_accord_is_refused(monkeypatch):
     fake_capture.install(monkeypatch)
 
