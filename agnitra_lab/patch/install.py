@@ -10,8 +10,8 @@ import inspect
 import itertools
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -183,11 +183,13 @@ def install(
     merged, taken, refusals = merge_options(workload, actions, options or {}, base_mode)
     backend = Backend(actions, kernels=kernels, options=merged, is_lowered=is_lowered)
     before = _Before(workload)
-    patch = _compile(name, workload, before, {"backend": backend}, merged)
-    patch.graph_sha256 = backend.graphs_sha256 or None
-    if patch.model.__dict__["_agnitra_clones"] is None:
-        # Past Dynamo nobody would copy what lies in the memory of Inductor's own CUDA graphs.
-        refusals += _take_fast_path(patch, workload, before, backend, should_capture="cuda_graph" in taken)
+    # Past Dynamo nobody would copy what lies in the memory of Inductor's own CUDA graphs.
+    is_past_dynamo = not (merged.get("triton.cudagraphs") and uses_cuda(workload))
+    with _unmarked_inputs(workload) if is_past_dynamo else nullcontext():
+        patch = _compile(name, workload, before, {"backend": backend}, merged)
+        patch.graph_sha256 = backend.graphs_sha256 or None
+        if is_past_dynamo:
+            refusals += _take_fast_path(patch, workload, before, backend, should_capture="cuda_graph" in taken)
     taken = [action for action in taken if action not in {refusal.action for refusal in refusals}]
     patch._backend = backend
     patch._options = [describe_option(action, merged) for action in taken]
@@ -197,6 +199,23 @@ def install(
             Refusal(action=action, reason="Dynamo captured no graph of this model") for action in backend.actions
         ]
     return patch
+
+
+@contextmanager
+def _unmarked_inputs(workload: Workload) -> Iterator[None]:
+    """Take the mark of `mark_static_address` off the inputs while a graph is made that calls reach past Dynamo.
+
+    What bears it is baked into the graph, or taken for the model's: another mask then got the first one's answer.
+    """
+    own = set(map(id, model_tensors(workload.model)))
+    given = {id(tensor): tensor for _, tensor in tensors((workload.args, dict(workload.kwargs)))}
+    marked = [tensor for key, tensor in given.items() if key not in own and _MARK in tensor.__dict__]
+    kept = [(tensor, tensor.__dict__.pop(_MARK)) for tensor in marked]
+    try:
+        yield
+    finally:
+        for tensor, mark in kept:
+            setattr(tensor, _MARK, mark)
 
 
 def compile_mode(workload: Workload, mode: str) -> Patch:

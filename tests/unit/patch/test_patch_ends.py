@@ -221,6 +221,47 @@ def test_what_the_first_call_was_given_is_not_kept():
     assert keys() is None and model.is_optimized
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(8))
+
+    def forward(self, q, mask):
+        return nn.functional.scaled_dot_product_attention(q * self.scale, q, q, attn_mask=mask)
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x, mixing):
+        return x @ (self.weight @ mixing)
+
+
+MARKED = {
+    "a mask": (Masked, lambda s: (torch.linspace(-1, 1, 96).view(1, 2, 6, 8), torch.ones(6, 6).bool().tril(s))),
+    "a matrix": (Mixed, lambda s: (torch.linspace(-1, 1, 192).view(3, 64), torch.eye(64) * (s + 1))),
+}
+
+
+@pytest.mark.parametrize("is_guarded", [True, False], ids=["guarded", "unguarded"])
+@pytest.mark.parametrize("name", MARKED)
+def test_an_input_whose_address_is_promised_is_an_input_all_the_same(name, is_guarded):
+    make_model, make = MARKED[name]
+    model, (x, given) = make_model().eval(), make(0)
+    torch._dynamo.mark_static_address(given, guard=is_guarded)
+    actions = ["sdpa_backend", "fold_weights"]
+    ours = install(Workload("case", model, (x, given)), actions, name="c", is_lowered=False).model
+    assert given._dynamo_static_input_type == ("guarded" if is_guarded else "unguarded")
+    with torch.no_grad():
+        for step in (0, 2, 1):
+            other = make(step)[1]
+            torch.testing.assert_close(ours(x, other), model(x, other))
+            given.copy_(other)
+            torch.testing.assert_close(ours(x, given), model(x, given))
+
+
 def test_a_list_that_a_call_shortens_and_fills_is_changed_in_place():
     given = [["a", torch.ones(2)], {"b": 1, "c": 2}]
     before = held(given)
