@@ -10,13 +10,12 @@ from dataclasses import replace
 import torch
 
 from agnitra_lab.contracts.workload import Inputs, Workload
-from agnitra_lab.graph.tree import map_tensors, put_back, tensors
+from agnitra_lab.graph.tree import ADDRESS_MARK, map_tensors, put_back, span_of, tensors
 
 # Additive attention masks hold such values for "never look here"; normal values of that size would overflow.
 _MASK_MAGNITUDE = 1e4
 _FIRST_FRESH_SEED = 1_000_003
 _NUM_KEPT = 3
-_MARK = "_dynamo_static_input_type"
 
 
 def redraw(workload: Workload, seed: int) -> Inputs:
@@ -141,12 +140,12 @@ def shifted_copy(inputs: Inputs, places: Sequence[torch.Tensor] = ()) -> Inputs:
 
 def _as_fixed(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if _is_fixed(like):
-        setattr(tensor, _MARK, getattr(like, _MARK))
+        setattr(tensor, ADDRESS_MARK, getattr(like, ADDRESS_MARK))
     return tensor
 
 
 def _is_fixed(tensor: torch.Tensor) -> bool:
-    return hasattr(tensor, _MARK)
+    return hasattr(tensor, ADDRESS_MARK)
 
 
 def num_bytes(inputs: Inputs) -> int:
@@ -162,18 +161,12 @@ def num_bytes(inputs: Inputs) -> int:
     return total
 
 
-def _span(tensor: torch.Tensor) -> int:
-    if tensor.numel() == 0:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     if tensor.layout is not torch.strided or tensor.is_nested:
         return tensor.clone()
     # The whole span is copied, so that strides of 0 and overlapping windows keep their layout.
-    flat = torch.as_strided(tensor, (_span(tensor),), (1,)).clone()
+    flat = torch.as_strided(tensor, (span_of(tensor),), (1,)).clone()
     return flat.as_strided(tensor.shape, tensor.stride())
 
 
@@ -187,7 +180,7 @@ def _draw_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     if tensor.dim() > 0 and bool((tensor.diff(dim=-1) >= 0).all()):
         return _copy(tensor)
     values = tensor.flatten()
-    picks = torch.randint(values.numel(), (_span(tensor),), generator=generator, device=tensor.device)
+    picks = torch.randint(values.numel(), (span_of(tensor),), generator=generator, device=tensor.device)
     return values[picks].as_strided(tensor.shape, tensor.stride())
 
 
@@ -198,7 +191,7 @@ def _draw_floating(tensor: torch.Tensor, generator: torch.Generator) -> torch.Te
     mean = wide.mean()
     std = (wide - mean).abs().square().mean().sqrt()
     # Unit normal, complex or real: E|z|^2 is 1 for both.
-    noise = torch.randn(_span(tensor), dtype=wide.dtype, device=tensor.device, generator=generator)
+    noise = torch.randn(span_of(tensor), dtype=wide.dtype, device=tensor.device, generator=generator)
     drawn = noise * std + mean
     if not tensor.is_complex():
         drawn = _in_range_of(drawn, wide)
@@ -218,10 +211,10 @@ def _permute_rows(tensor: torch.Tensor, generator: torch.Generator) -> torch.Ten
     for dim, stride in enumerate(tensor.stride()):
         # An expanded mask holds its rows once, and stays expanded: a patch is made for its strides.
         bare = bare.narrow(dim, 0, 1) if stride == 0 else bare
-    if bare.numel() > _span(tensor):
+    if bare.numel() > span_of(tensor):
         return _copy(tensor)
     rows = bare.reshape(-1, bare.shape[-1]) if bare.dim() > 1 else bare.reshape(-1, 1)
     order = torch.randperm(rows.shape[0], generator=generator, device=tensor.device)
-    memory = tensor.new_empty(_span(tensor))
+    memory = tensor.new_empty(span_of(tensor))
     memory.as_strided(bare.shape, tensor.stride()).copy_(rows[order].reshape(bare.shape))
     return memory.as_strided(tensor.shape, tensor.stride())

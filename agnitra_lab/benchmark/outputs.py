@@ -11,7 +11,7 @@ import torch
 from agnitra_lab.benchmark.elements import rtol_of
 from agnitra_lab.benchmark.state import ModuleState, same_values
 from agnitra_lab.contracts.workload import Inputs
-from agnitra_lab.graph.tree import leaves, tensors
+from agnitra_lab.graph.tree import leaves, span_of, tensors
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _NUM_FINGERPRINT_SAMPLES = 64
@@ -201,8 +201,7 @@ def _overlaps(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _range(tensor: torch.Tensor) -> tuple[int, int, bool]:
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
+    span, start = span_of(tensor), tensor.data_ptr()
     return start, start + span * tensor.element_size(), span <= tensor.numel()
 
 

@@ -188,6 +188,8 @@ class Reference:
         if self._oracle is None:
             return {}
         before, found = dict(tensors(inputs)), self._oracle.inputs_after
+        # A cache in fp64 is four times the caller's.
+        self._oracle.inputs_after = {}
         written = [
             path
             for path, tensor in tensors(wanted.inputs_after)

@@ -26,6 +26,7 @@ from agnitra_lab.errors import CaptureError
 from agnitra_lab.graph.backward_names import backward_origins, reason_of
 from agnitra_lab.graph.capture import original_module
 from agnitra_lab.graph.dynamo_nodes import DynamoReader
+from agnitra_lab.graph.tree import ADDRESS_MARK
 
 
 @dataclass(frozen=True)
@@ -247,9 +248,6 @@ def _trace(
     raise _Refused("Dynamo left it to run as it is")
 
 
-_MARK = "_dynamo_static_input_type"
-
-
 @contextmanager
 def _untouched(target: Any, backend: Callable[..., Any]) -> Iterator[None]:
     """Take back what Dynamo writes outside of the trace: marks on weights, counters, backends, sizes seen."""
@@ -257,7 +255,7 @@ def _untouched(target: Any, backend: Callable[..., Any]) -> Iterator[None]:
     from torch._dynamo.utils import counters
 
     tensors = [*target.parameters(), *target.buffers()] if isinstance(target, nn.Module) else []
-    unmarked = [tensor for tensor in tensors if _MARK not in tensor.__dict__]
+    unmarked = [tensor for tensor in tensors if ADDRESS_MARK not in tensor.__dict__]
     kept = {category: counter.copy() for category, counter in counters.items()}
     try:
         with warnings.catch_warnings():
@@ -265,7 +263,7 @@ def _untouched(target: Any, backend: Callable[..., Any]) -> Iterator[None]:
             yield
     finally:
         for tensor in unmarked:
-            tensor.__dict__.pop(_MARK, None)
+            tensor.__dict__.pop(ADDRESS_MARK, None)
         counters.clear()
         counters.update(kept)
         backends = getattr(eval_frame, "cached_backends", {})

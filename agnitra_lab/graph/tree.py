@@ -40,6 +40,17 @@ def tensors(value: Any) -> list[tuple[str, torch.Tensor]]:
     return [(path, leaf) for path, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+ADDRESS_MARK = "_dynamo_static_input_type"
+"""Attribute of tensors whose address Dynamo may rely on: it sets it on a model's, `mark_static_address` on any."""
+
+
+def span_of(tensor: torch.Tensor) -> int:
+    """Return how many elements a strided tensor's memory reaches over, from its first to its last."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def writable_tensors(value: Any) -> list[torch.Tensor]:
     """Return the tensors that a call may write to and that can be put back, each once.
 

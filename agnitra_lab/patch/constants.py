@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from agnitra_lab.graph.tree import ADDRESS_MARK
 from agnitra_lab.patch.context import RewriteContext
 from agnitra_lab.patch.ops import fake_of, is_in_place, memory_root, written_nodes
 
@@ -118,7 +119,7 @@ class Constants:
 def is_of_the_model(tensor: Tensor) -> bool:
     """Whether a graph input belongs to the model rather than to the call."""
     # Dynamo marks parameters, buffers and tensors in attributes; the arguments of a call bear no mark.
-    return getattr(tensor, "_dynamo_static_input_type", None) is not None
+    return getattr(tensor, ADDRESS_MARK, None) is not None
 
 
 def _is_pure(node: fx.Node) -> bool:

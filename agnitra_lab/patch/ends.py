@@ -6,7 +6,7 @@ caches that hold them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from agnitra_lab.errors import PatchError
-from agnitra_lab.graph.tree import map_tensors, parts_of, set_attribute, tensors, with_parts
+from agnitra_lab.graph.tree import map_tensors, parts_of, set_attribute, span_of, tensors, with_parts
 from agnitra_lab.patch.signature import PLAIN, looks_inside
 
 _Getter = Callable[[Any], Any]
@@ -120,6 +120,49 @@ class Result:
         for change, makers in self._changes:
             _put(given[change.index], {key: make(made, given) for key, make in makers.items()}, change.gone)
         return self._make(made, given)
+
+
+class Ends:
+    """What a call is given and returns.
+
+    Attributes:
+        arguments: reads what it is given.
+        result: puts together what it returns.
+        written: places, in what it is given, of the tensors that it writes to.
+    """
+
+    def __init__(self, arguments: Arguments, given: Sequence[Any], result: Result, written: Collection[int]) -> None:
+        """Keep the sizes of what the first call was given, and none of it."""
+        self.arguments, self.result, self.written = arguments, result, sorted(written)
+        self._pieces = [
+            (index, span_of(value) * value.element_size(), index in written)
+            for index, value in enumerate(given)
+            if isinstance(value, Tensor)
+        ]
+
+    def are_apart(self, given: Sequence[Any]) -> bool:
+        """Whether no tensor that the call writes to lies in the memory of another input.
+
+        A graph has memory of its own for each of them; what is written to one would not be seen in the other.
+        """
+        if not self.written:
+            return True
+        return are_apart((given[index].data_ptr(), size, is_written) for index, size, is_written in self._pieces)
+
+
+def are_apart(spans: Iterable[tuple[int, int, bool]]) -> bool:
+    """Whether none of these pieces of memory that are written reaches into another piece.
+
+    Args:
+        spans: address, bytes, and whether it is written.
+    """
+    end, was_written = 0, False
+    for address, num_bytes, is_written in sorted(spans):
+        if address < end and (is_written or was_written):
+            return False
+        if address + num_bytes > end:
+            end, was_written = address + num_bytes, is_written
+    return True
 
 
 def _by_key(value: Any) -> dict[Any, Any]:

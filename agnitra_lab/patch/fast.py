@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agnitra_lab.device.exclusive import exclusive
-from agnitra_lab.patch.ends import Arguments, Result
+from agnitra_lab.patch.ends import Ends
 from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.weights import WeightGuard
 
@@ -18,34 +18,6 @@ Run = Callable[[Sequence[Any]], Sequence[Tensor]]
 """What a call is given, as `Arguments` reads it -> the tensors of its result, as `Result` orders them."""
 Check = Callable[[], "str | None"]
 _NUM_TIMED_CALLS, _FEWEST_TIMED_CALLS, _TIMED_S = 15, 3, 1.0
-
-
-class Ends:
-    """What a call is given and returns.
-
-    Attributes:
-        arguments: reads what it is given.
-        result: puts together what it returns.
-        written: places, in what it is given, of the tensors that it writes to.
-    """
-
-    def __init__(self, arguments: Arguments, given: Sequence[Any], result: Result, written: Collection[int]) -> None:
-        """Keep the sizes of what the first call was given, and none of it."""
-        self.arguments, self.result, self.written = arguments, result, sorted(written)
-        self._pieces = [
-            (index, _num_bytes(value), index in written)
-            for index, value in enumerate(given)
-            if isinstance(value, Tensor)
-        ]
-
-    def are_apart(self, given: Sequence[Any]) -> bool:
-        """Whether no tensor that the call writes to lies in the memory of another input.
-
-        A graph has memory of its own for each of them; what is written to one would not be seen in the other.
-        """
-        if not self.written:
-            return True
-        return are_apart((given[index].data_ptr(), size, is_written) for index, size, is_written in self._pieces)
 
 
 class FastPath:
@@ -129,21 +101,6 @@ class FastPath:
         return any([guard.refresh_stale() for guard in self._guards])
 
 
-def are_apart(spans: Iterable[tuple[int, int, bool]]) -> bool:
-    """Whether none of these pieces of memory that are written reaches into another piece.
-
-    Args:
-        spans: address, bytes, and whether it is written.
-    """
-    end, was_written = 0, False
-    for address, num_bytes, is_written in sorted(spans):
-        if address < end and (is_written or was_written):
-            return False
-        if address + num_bytes > end:
-            end, was_written = address + num_bytes, is_written
-    return True
-
-
 def walls_ms(
     paths: Sequence[FastPath], args: tuple[Any, ...], kwargs: Mapping[str, Any], restore: Callable[[], None]
 ) -> list[float]:
@@ -176,13 +133,6 @@ def _wait() -> None:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    if tensor.numel() == 0:
-        return 0
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return span * tensor.element_size()
 
 
 def _is_inference(value: Any) -> bool:

@@ -69,8 +69,8 @@ class GraphedCall:
             for index in self._positions
         }
         self._strides = strides
-        kept = list(map(torch.clone, self._static))
-        self._kept = {index: kept[self._positions.index(index)] for index in self._written}
+        kept = {index: self._given[index].clone() for index in self._positions}
+        self._kept = {index: kept[index] for index in self._written}
         try:
             self._instances = [self._capture(has_tail=True)]
             if self._graph.tail is not None and not (self._instances[0].returns_tail and self._agrees(given)):
@@ -84,7 +84,7 @@ class GraphedCall:
         self._lend()
         self._put_back()
         self._kept = {}
-        if not all(map(_same_values, kept, self._static)):
+        if not all(_same_values(before, self._given[index]) for index, before in kept.items()):
             raise PatchError("the graph writes to an input that the original leaves as it is")
 
     @property

@@ -22,7 +22,7 @@ from agnitra_lab.contracts.kernel import KernelSource
 from agnitra_lab.contracts.patch import PatchDescriptor, PatchLog, Refusal, RollbackProof
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import PatchError
-from agnitra_lab.graph.tree import tensors
+from agnitra_lab.graph.tree import ADDRESS_MARK, tensors
 from agnitra_lab.patch.backend import Backend, first_line
 from agnitra_lab.patch.dropin import OptimizedModel
 from agnitra_lab.patch.frozen import FrozenWeights
@@ -126,7 +126,7 @@ class _Before:
     """The original as it was: fingerprint, outputs, mutable state, and Dynamo's marks on tensors."""
 
     def __init__(self, workload: Workload) -> None:
-        self._marks = [(tensor, tensor.__dict__.get(_MARK)) for tensor in model_tensors(workload.model)]
+        self._marks = [(tensor, tensor.__dict__.get(ADDRESS_MARK)) for tensor in model_tensors(workload.model)]
         state = MutableState.of(workload)
         outputs = run_original(workload)
         self.strides = strides_of(outputs)
@@ -144,12 +144,9 @@ class _Before:
         """Take back the mark that Dynamo leaves on each weight that it traces."""
         for tensor, mark in self._marks:
             if mark is not None:
-                setattr(tensor, _MARK, mark)
-            elif _MARK in tensor.__dict__:
-                delattr(tensor, _MARK)
-
-
-_MARK = "_dynamo_static_input_type"
+                setattr(tensor, ADDRESS_MARK, mark)
+            elif ADDRESS_MARK in tensor.__dict__:
+                delattr(tensor, ADDRESS_MARK)
 
 
 def install(
@@ -209,13 +206,13 @@ def _unmarked_inputs(workload: Workload) -> Iterator[None]:
     """
     own = set(map(id, model_tensors(workload.model)))
     given = {id(tensor): tensor for _, tensor in tensors((workload.args, dict(workload.kwargs)))}
-    marked = [tensor for key, tensor in given.items() if key not in own and _MARK in tensor.__dict__]
-    kept = [(tensor, tensor.__dict__.pop(_MARK)) for tensor in marked]
+    marked = [tensor for key, tensor in given.items() if key not in own and ADDRESS_MARK in tensor.__dict__]
+    kept = [(tensor, tensor.__dict__.pop(ADDRESS_MARK)) for tensor in marked]
     try:
         yield
     finally:
         for tensor, mark in kept:
-            setattr(tensor, _MARK, mark)
+            setattr(tensor, ADDRESS_MARK, mark)
 
 
 def compile_mode(workload: Workload, mode: str) -> Patch:

@@ -29,6 +29,11 @@ class Band:
         return self.left is None and self.right == 0 and num_queries == num_keys
 
 
+def has_dense_keys(mask: Tensor) -> bool:
+    """Whether a mask's keys lie side by side, without which no fused kernel of a GPU takes it."""
+    return mask.shape[-1] == 1 or mask.stride(-1) == 1
+
+
 def is_hiding(value: float, dtype: torch.dtype) -> bool:
     """Whether a score of `value` gets the weight 0 beside any score that a model computes in `dtype`."""
     return value <= -1e9 or value <= torch.finfo(dtype).min

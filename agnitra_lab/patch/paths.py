@@ -12,8 +12,8 @@ from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.backend import Backend
 from agnitra_lab.patch.direct import DirectCall, unchanged_attributes, untracked_memory
-from agnitra_lab.patch.ends import Arguments, Change, Result, changes, flat, held
-from agnitra_lab.patch.fast import Check, Ends, FastPath, Run, walls_ms
+from agnitra_lab.patch.ends import Arguments, Change, Ends, Result, changes, flat, held
+from agnitra_lab.patch.fast import Check, FastPath, Run, walls_ms
 from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.liveness import Liveness
 from agnitra_lab.patch.output_strides import OutputStrides

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from agnitra_lab.patch.attention import Attention, Mask, UnfitError
 from agnitra_lab.patch.constants import Constants, is_of_the_model
 from agnitra_lab.patch.context import RewriteContext, infer
-from agnitra_lab.patch.masks import HIDDEN, Band, allowed_keys, band_of, is_hiding
+from agnitra_lab.patch.masks import HIDDEN, Band, allowed_keys, band_of, has_dense_keys, is_hiding
 from agnitra_lab.patch.ops import fake_of, is_cast, memory_root, mutated_roots, value_name
 
 _LEAST_FILL = -1e4
@@ -157,13 +157,12 @@ class _Additive:
         return self._dense(total)
 
     def _dense(self, mask: fx.Node) -> fx.Node:
-        """Return the mask with its keys side by side, without which no fused kernel of a GPU takes it.
+        """Return the mask with its keys side by side.
 
         A bias by relative position comes as [S, T, H], turned: T5's attentions were left to two products and a softmax.
         """
         fake = fake_of(mask)
-        is_dense = fake is None or fake.shape[-1] == 1 or fake.stride(-1) == 1
-        return mask if is_dense else self._call("contiguous", mask)
+        return mask if fake is None or has_dense_keys(fake) else self._call("contiguous", mask)
 
     def _always_sees(self, mask: Mask) -> bool:
         known = self.constants.of(mask.node)

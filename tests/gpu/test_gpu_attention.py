@@ -67,6 +67,16 @@ def error_of(result: Any, oracle: Any) -> float:
     return float((result.double() - oracle).nan_to_num().abs().mean())
 
 
+def check_against_fp64(drop_in: Any, model: nn.Module, args: Any) -> None:
+    q, k, v, padding = args
+    with torch.no_grad():
+        ours, theirs = drop_in(*args), model(*args)
+        oracle = copy.deepcopy(model).double()(q.double(), k.double(), v.double(), padding)
+    assert ours.stride() == theirs.stride()
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert error_of(ours, oracle) <= 1.25 * error_of(theirs, oracle) + 1e-7
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_steps", "size"), [(256, 64), (197, 80)])
@@ -86,12 +96,7 @@ def test_attention_by_hand_is_as_close_to_fp64_as_eager(kind, dtype, num_steps, 
     print([(descriptor.replacement, descriptor.config) for descriptor in patch.log().descriptors])
     if is_refused:
         return  # what is left is Inductor's own, which adds the lowest number without rounding the sum to fp16
-    with torch.no_grad():
-        ours, theirs = patch.model(*args), model(*args)
-        oracle = copy.deepcopy(model).double()(q.double(), k.double(), v.double(), padding)
-    assert ours.stride() == theirs.stride()
-    assert torch.equal(ours.isnan(), theirs.isnan())
-    assert error_of(ours, oracle) <= 1.25 * error_of(theirs, oracle) + 1e-7
+    check_against_fp64(patch.model, model, args)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,12 +115,7 @@ def test_capped_attention_is_as_close_to_fp64_as_eager(kind, dtype, num_steps, s
         return
     assert "capped_attention" in made, patch.log().refusals
     print([descriptor.config for descriptor in patch.log().descriptors], patch.log().refusals)
-    with torch.no_grad():
-        ours, theirs = patch.model(*args), model(*args)
-        oracle = copy.deepcopy(model).double()(q.double(), k.double(), v.double(), padding)
-    assert ours.stride() == theirs.stride()
-    assert torch.equal(ours.isnan(), theirs.isnan())
-    assert error_of(ours, oracle) <= 1.25 * error_of(theirs, oracle) + 1e-7
+    check_against_fp64(patch.model, model, args)
 
 
 @pytest.mark.parametrize(("left", "right"), [(127, 0), (40, 0), (63, 20)])

@@ -26,7 +26,7 @@ from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.device.call_time import time_ms
 from agnitra_lab.patch.constants import Constants
 from agnitra_lab.patch.context import RewriteContext
-from agnitra_lab.patch.masks import Band, allowed_keys, band_of
+from agnitra_lab.patch.masks import Band, allowed_keys, band_of, has_dense_keys
 from agnitra_lab.patch.ops import argument, fake_of, op_name
 from agnitra_lab.patch.windows import Attention, repeated, windowed_attentions
 
@@ -167,17 +167,14 @@ def _choose(arguments: dict[str, Any], mask: _Mask) -> _Choice:
         expected = functional.scaled_dot_product_attention(**real)
         attentions: dict[str, Attention] = {"default": functional.scaled_dot_product_attention}
         if fake.device.type == "cuda":
-            attentions |= {name: _on_backend(backend) for name, backend in _backends().items()}
-            if _has_turned_mask(arguments):
-                attentions |= {
-                    f"{name}_dense_mask": _with_dense_mask(_on_backend(backend))
-                    for name, backend in _backends().items()
-                }
-            if arguments["enable_gqa"] and arguments["attn_mask"] is not None and fake.dim() == 4:
+            backends = {name: _on_backend(backend) for name, backend in _backends().items()}
+            attentions |= backends
+            given = fake_of(arguments["attn_mask"])
+            if given is not None and not has_dense_keys(given):
+                attentions |= {f"{name}_dense_mask": _with_dense_mask(call) for name, call in backends.items()}
+            if arguments["enable_gqa"] and given is not None and fake.dim() == 4:
                 # With a mask the efficient backend does not group heads: without copies of them math is left.
-                attentions |= {
-                    f"{name}_repeated": repeated(_on_backend(backend)) for name, backend in _backends().items()
-                }
+                attentions |= {f"{name}_repeated": repeated(call) for name, call in backends.items()}
         windows: dict[str, Attention] = {}
         if mask.band is not None and fake.dim() == 4:
             windows = windowed_attentions(mask.band, fake.shape[-2], real["key"].shape[-2])
@@ -246,12 +243,6 @@ def _on_backend(backend: Any) -> Attention:
             return functional.scaled_dot_product_attention(**arguments)
 
     return attention
-
-
-def _has_turned_mask(arguments: dict[str, Any]) -> bool:
-    """Whether a mask's keys do not lie side by side, as in a bias made as [S, T, H]: no fused kernel takes such."""
-    mask = fake_of(arguments["attn_mask"])
-    return mask is not None and mask.shape[-1] != 1 and mask.stride(-1) != 1
 
 
 def _with_dense_mask(attention: Attention) -> Attention:

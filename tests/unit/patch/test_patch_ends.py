@@ -17,8 +17,7 @@ from torch import nn
 from agnitra_lab.contracts import Workload
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch import paths
-from agnitra_lab.patch.ends import Arguments, Result, changes, flat, held
-from agnitra_lab.patch.fast import are_apart
+from agnitra_lab.patch.ends import Arguments, Result, are_apart, changes, flat, held
 from agnitra_lab.patch.graphed import GraphedCall
 from agnitra_lab.patch.install import install
 from agnitra_lab.patch.liveness import Liveness
