@@ -1,7 +1,9 @@
 """Work that is given up after a while though it never asks for the time, as torch.compile tunes kernel after kernel.
 
 The exception is raised in the working thread between two of its Python instructions, as Ctrl-C is in the main one; but
-not while a module is being imported, which would be half there from then on.
+not while a module is being imported, which would be half there from then on. Python throws away what is raised while a
+callback of the garbage collector or of a weak reference runs, and compilers have such callbacks: where the work goes on
+as if nothing had been, it is raised again.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _WATCH_S = 0.25
+# What was raised has arrived after so long, or Python code that nothing may be raised in has thrown it away.
+_AGAIN_S = 1.0
 
 
 class OutOfTimeError(BaseException):
@@ -30,32 +35,30 @@ def given_up_at(deadline_s: float, clock_s: Callable[[], float]) -> Iterator[Non
         clock_s: asked from another thread, a few times a second.
     """
     thread = threading.get_ident()
-    has_ended, is_on_its_way = threading.Event(), threading.Event()
+    has_ended, has_raised = threading.Event(), threading.Event()
     turn = threading.Lock()
 
     def watch() -> None:
-        while not has_ended.wait(_WATCH_S):
-            if clock_s() >= deadline_s and not _is_importing(thread):
-                with turn:
-                    if not has_ended.is_set():
-                        is_on_its_way.set()
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                            ctypes.c_ulong(thread), ctypes.py_object(OutOfTimeError)
-                        )
-                return
+        wait_s = _WATCH_S
+        while not has_ended.wait(wait_s):
+            wait_s = _WATCH_S
+            if clock_s() < deadline_s or _is_importing(thread) or _is_giving_up(thread):
+                continue
+            with turn:
+                if not has_ended.is_set():
+                    has_raised.set()
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(OutOfTimeError))
+            wait_s = _AGAIN_S
 
     watcher = threading.Thread(target=watch, name="deadline", daemon=True)
     watcher.start()
-    has_arrived = False
     try:
         yield
-    except OutOfTimeError:
-        has_arrived = True
-        raise
     finally:
-        with turn:
-            has_ended.set()
-        if is_on_its_way.is_set() and not has_arrived:
+        while not has_ended.is_set():
+            with contextlib.suppress(OutOfTimeError), turn:
+                has_ended.set()
+        if has_raised.is_set():
             _let_arrive()
         watcher.join()
 
@@ -67,6 +70,16 @@ def _is_importing(thread: int) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _is_giving_up(thread: int) -> bool:
+    """Say whether a thread is on its way out: in a handler or a `finally` that what was raised has led to."""
+    active: Any = sys._current_exceptions().get(thread)
+    # Before Python 3.12 it is the type, the value and the traceback.
+    error: BaseException | None = active[1] if isinstance(active, tuple) else active
+    while error is not None and not isinstance(error, OutOfTimeError):
+        error = error.__context__
+    return error is not None
 
 
 def _let_arrive() -> None:

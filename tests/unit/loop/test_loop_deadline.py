@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import subprocess
 import sys
@@ -47,6 +48,28 @@ def test_a_handler_of_failures_does_not_keep_the_work_going():
 
     with pytest.raises(OutOfTimeError), given_up_at(time.monotonic() + 0.1, time.monotonic):
         work()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_is_raised_in_a_callback_of_the_garbage_collector_is_raised_again():
+    def spin_once(phase: str, info: dict[str, int]) -> None:
+        gc.callbacks.remove(spin_once)
+        spin(1.0)
+
+    gc.callbacks.append(spin_once)
+    with pytest.raises(OutOfTimeError), given_up_at(time.monotonic() + 0.1, time.monotonic):
+        gc.collect()
+        spin(20.0)
+
+
+def test_work_that_is_being_given_up_may_take_its_time_to_put_things_back():
+    is_back = False
+    with pytest.raises(OutOfTimeError), given_up_at(time.monotonic() + 0.1, time.monotonic):
+        try:
+            spin(20.0)
+        finally:
+            is_back = spin(2.0)
+    assert is_back
 
 
 def test_a_module_that_is_being_imported_is_imported_whole(tmp_path, monkeypatch):
