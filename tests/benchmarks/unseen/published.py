@@ -307,7 +307,13 @@ def hf_t5() -> Workload:
         "input_ids": ids(*sized((16, 512), (2, 32)), below=vocabulary),
         "decoder_input_ids": ids(*sized((16, 128), (2, 16)), below=vocabulary),
     }
-    return published("hf_t5", build, draws, num_layers=20, unit="samples", items=sized(16, 2))
+    workload = published("hf_t5", build, draws, num_layers=20, unit="samples", items=sized(16, 2))
+    # T5 does not scale its scores, its weights do. With those of others it is in chaos: its bf16 is 59% off its fp64.
+    with torch.no_grad():
+        for name, parameter in workload.model.named_parameters():
+            if name.endswith(".q.weight"):
+                parameter.mul_(fields["d_kv"] ** -0.5)
+    return workload
 
 
 def hf_whisper() -> Workload:
