@@ -72,6 +72,12 @@ ACTIONS: dict[str, Action] = {
             summary="run convolutions with the channels innermost where that measures faster, weights laid out once",
         ),
         Action(
+            name="grouped_conv",
+            kind="rewrite",
+            is_measured=True,
+            summary="run a convolution's groups as convolutions or products of their own where that measures faster",
+        ),
+        Action(
             name="pointwise_conv",
             kind="rewrite",
             is_measured=True,

@@ -17,20 +17,46 @@ from agnitra_lab.patch.measured import LEAST_GAIN
 from agnitra_lab.patch.neighbours import is_pointwise
 from agnitra_lab.patch.ops import argument, fake_of, op_name
 
-_TF32_SHARE = 5e-5
+TF32_SHARE = 5e-5
 """Of the result's norm: TF32 leaves 3e-4, fp32 1e-7 to 1e-6."""
-RANKS = {"conv2d": 4, "conv_transpose2d": 4, "conv3d": 5, "conv_transpose3d": 5}
+RANKS = {
+    "conv1d": 3, "conv_transpose1d": 3, "conv2d": 4, "conv_transpose2d": 4, "conv3d": 5, "conv_transpose3d": 5,
+}  # fmt: skip
 """Operation -> rank of its input with a batch dimension."""
+_WIDER: dict[str, Callable[..., Tensor]] = {"conv1d": torch.conv2d, "conv_transpose1d": torch.conv_transpose2d}
+# Place, name and neutral value of what a convolution is told beside its tensors; groups have none.
+_NUMBERS: dict[bool, tuple[tuple[int, str, int | None], ...]] = {
+    False: ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", None)),
+    True: ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0), (6, "groups", None), (7, "dilation", 1)),
+}
 
 
 def find_convolutions(graph: fx.Graph) -> list[fx.Node]:
-    """Return the 2-d and 3-d convolutions over batches with weights of known shape, in graph order."""
+    """Return the convolutions over batches with weights of known shape, in graph order."""
     found = []
     for node in graph.nodes:
         x, weight = fake_of(argument(node, 0, "input")), fake_of(argument(node, 1, "weight"))
         if op_name(node) in RANKS and x is not None and weight is not None and x.dim() == RANKS[str(op_name(node))]:
             found.append(node)
     return found
+
+
+def widened(node: fx.Node) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """Return the 2-d form of a 1-d convolution: the function, and what follows input, weight and bias.
+
+    Input and weight get a dimension of size 1 before the last. torch makes the input of a 1-d convolution contiguous
+    before it calls cuDNN ("avoid accidentally going through NHWC for permuted 3d input"), so that only a 2-d one can
+    read channels that lie innermost.
+    """
+    name = str(op_name(node))
+
+    def wide(place: int, key: str, neutral: int | None) -> Any:
+        value = argument(node, place, key, 1 if neutral is None else neutral)
+        if neutral is None or isinstance(value, str):
+            return value
+        return (neutral, value[0] if isinstance(value, (tuple, list)) else value)
+
+    return _WIDER[name], tuple(wide(*number) for number in _NUMBERS[name.startswith("conv_transpose")])
 
 
 def why_turned(graph: fx.Graph, rank: int) -> str | None:
@@ -51,9 +77,9 @@ def why_turned(graph: fx.Graph, rank: int) -> str | None:
 
 def is_channels_last(fake: Tensor | None) -> bool:
     """Whether a value has its channels innermost, and not only because it has one channel or one position."""
-    if fake is None or fake.dim() not in CHANNELS_LAST:
+    if fake is None or fake.dim() not in RANKS.values():
         return False
-    return fake.is_contiguous(memory_format=CHANNELS_LAST[fake.dim()]) and not fake.is_contiguous()
+    return fake.movedim(1, -1).is_contiguous() and not fake.is_contiguous()
 
 
 @contextmanager
@@ -125,7 +151,7 @@ class LayoutTimes:
         if key not in self._known:
             with real_tensors():
                 x = _random(fake, torch.contiguous_format)
-                time = time_ms(lambda: x.contiguous(memory_format=CHANNELS_LAST[x.dim()]), x.device)
+                time = time_ms(lambda: x.movedim(1, -1).contiguous(), x.device)
             self._known[key] = (time or 0.0, 0.0)
         known = self._known[key]
         return known[0] if known is not None else 0.0
@@ -157,7 +183,7 @@ class LayoutTimes:
     def _measure(self, node: fx.Node) -> tuple[float, float] | None:
         fake = fake_of(argument(node, 0, "input"))
         assert fake is not None
-        memory_format = CHANNELS_LAST[fake.dim()]
+        memory_format = CHANNELS_LAST[max(fake.dim(), 4)]
         first = _time_ms(node, fake.device, torch.contiguous_format)
         last = _time_ms(node, fake.device, memory_format)
         if first is None or last is None:
@@ -189,7 +215,7 @@ def _loses_digits(node: fx.Node, fake: Tensor, memory_format: torch.memory_forma
         with cudnn.flags(enabled=cudnn.enabled, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=False):
             exact = _call(node, inputs, torch.contiguous_format)()
         error, other = (float((result - exact).norm()) for result in (last, first))
-        return error > _TF32_SHARE * float(exact.norm()) and error > 2 * other
+        return error > TF32_SHARE * float(exact.norm()) and error > 2 * other
 
 
 def _random_inputs(node: fx.Node) -> Any:
@@ -199,6 +225,12 @@ def _random_inputs(node: fx.Node) -> Any:
 def _call(node: fx.Node, inputs: Any, memory_format: torch.memory_format) -> Callable[[], Any]:
     """Return a node's call on inputs that are brought into a layout first."""
     target: Any = node.target
+    args, kwargs = inputs
+    if op_name(node) in _WIDER and memory_format is not torch.contiguous_format:
+        target, numbers = widened(node)
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        x, weight = (_laid_out(given[name].unsqueeze(2), memory_format) for name in ("input", "weight"))
+        return lambda: target(x, weight, given.get("bias"), *numbers).squeeze(2)
     args, kwargs = _pytree.tree_map_only(Tensor, lambda real: _laid_out(real, memory_format), inputs)
     return lambda: target(*args, **kwargs)
 

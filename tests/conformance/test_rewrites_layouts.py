@@ -20,6 +20,7 @@ from agnitra_lab.patch.rewrites import keep_eager
 
 IMAGE = torch.randn(2, 3, 9, 7, generator=torch.Generator().manual_seed(1))
 CLIP = torch.randn(1, 3, 4, 6, 5, generator=torch.Generator().manual_seed(2))
+LINE = torch.randn(2, 3, 17, generator=torch.Generator().manual_seed(4))
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,9 @@ class Net(nn.Module):
         self.norm, self.groups = nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
         self.conv3, self.next3 = nn.Conv3d(3, 4, 3, padding=1), nn.Conv3d(4, 4, 3, stride=(1, 2, 2))
         self.up3 = nn.ConvTranspose3d(4, 2, 2, stride=2)
+        self.conv1, self.next1 = nn.Conv1d(3, 4, 3, padding="same", dilation=2), nn.Conv1d(4, 6, 3, stride=2, groups=2)
+        self.up1 = nn.ConvTranspose1d(4, 3, 4, stride=2, padding=1, output_padding=1, dilation=2)
+        self.norm1 = nn.LayerNorm(4)
         self.norm.running_mean.uniform_(-1, 1)
         self.lstm = nn.LSTM(5, 6, 2, batch_first=True, bidirectional=True)
         self.projected = nn.LSTM(5, 6, proj_size=3)
@@ -104,6 +108,15 @@ MODELS: dict[str, tuple[Any, Tensor, int]] = {
     "functional, dilation": (
         lambda m, x: functional.conv2d(input=x, weight=m.conv.weight, bias=m.conv.bias, dilation=2), IMAGE, 1,
     ),
+    "1-d": (lambda m, x: m.next1(m.conv1(x).relu()).flatten(1), LINE, 2),
+    "1-d, transposed": (lambda m, x: m.up1(functional.silu(m.conv1(x))), LINE, 2),
+    "1-d, a norm between": (
+        lambda m, x: m.next1(m.norm1(m.conv1(x).transpose(1, 2)).transpose(1, 2)).transpose(1, 2), LINE, 2,
+    ),
+    "1-d, channels innermost before": (lambda m, x: m.conv1(x.transpose(1, 2).contiguous().transpose(1, 2)), LINE, 1),
+    "1-d, functional": (
+        lambda m, x: functional.conv1d(x, m.conv1.weight, stride=(2,), padding=(1,)).view(2, -1), LINE, 1,
+    ),
     "3-d": (lambda m, x: m.next3(m.conv3(x).relu()).flatten(1), CLIP, 2),
     "3-d, transposed": (lambda m, x: m.up3(functional.silu(m.conv3(x))), CLIP, 2),
 }  # fmt: skip
@@ -129,8 +142,10 @@ def test_a_folded_weight_in_a_new_layout_follows_its_sources(channels_last_is_fa
 
 @pytest.mark.slow
 def test_a_changed_layout_goes_through_inductor(channels_last_is_faster):
-    function, x, _ = MODELS["3-d"]
-    check(["channels_last"], function, x, is_lowered=True)
+    for name in ("3-d", "1-d, a norm between"):
+        function, x, _ = MODELS[name]
+        check(["channels_last"], function, x, is_lowered=True)
+        torch._dynamo.reset()
 
 
 def test_without_a_measured_gain_the_layout_stays(monkeypatch):
@@ -175,7 +190,7 @@ def test_both_layouts_are_measured_on_the_machine_at_hand():
 @pytest.mark.parametrize(
     ("because", "function"),
     [
-        ("no 2-d or 3-d", lambda m, x: x * 2),
+        ("no convolution", lambda m, x: x * 2),
         ("not a tensor that the graph is given", lambda m, x: functional.conv2d(x, m.conv.weight * 2)),
         ("writes to a weight", lambda m, x: (m.conv(x), m.conv.weight.clamp_(-9, 9))),
     ],

@@ -36,6 +36,8 @@ _ORDER = (
     "cross_entropy",
     "softmax",
     "cumsum",
+    # Groups that become convolutions of their own have a layout too.
+    "grouped_conv",
     # Layouts last, around what the convolutions have become.
     "channels_last",
     # In the layout that they have now.
