@@ -15,6 +15,7 @@ from agnitra_lab.suggest.kernel_situation import KernelRule, KernelSituation, Ta
 
 # Programs of one row that the norms' templates let wait for each other.
 _MAX_WAITING = 128
+_L2_BYTES = 50 * 1024 * 1024
 # How the shape of a depthwise convolution says that each channel is a plane of its own.
 _PLANES = 1
 
@@ -80,40 +81,41 @@ def _swiglu(s: KernelSituation) -> list[Target]:
     ]
 
 
-def _moments(num_rows: int, num_cols: int, device: DeviceFacts, stages: int) -> list[Target]:
+def _moments(num_rows: int, num_cols: int, s: KernelSituation, stages: int) -> list[Target]:
     """LayerNorm and GroupNorm: a whole row in one block, else loops, else rows split over some 4000 programs.
 
-    Parts that wait in registers come first where the device holds them all at once, two a multiprocessor.
+    Blocks that wait for each other come before them where two rows for each multiprocessor are more than the L2 holds.
     """
     if num_cols <= 16384:
-        return rows_in_one_block(num_rows, next_power_of_two(num_cols), device)
-    programs = 32 * device.num_multiprocessors
+        return rows_in_one_block(num_rows, next_power_of_two(num_cols), s.device)
+    programs = 32 * s.device.num_multiprocessors
     split = 1 if num_rows >= programs // 2 else next_power_of_two(max(1, programs // num_rows))
     split = min(split, next_power_of_two(num_cols // 16384))
     stages = stages if split == 1 else 3
     base = {"BLOCK_N": 4096, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": 8, "num_stages": stages}
-    joined = [
-        {**base, "BLOCK_N": block, "SPLIT": -(-num_cols // block), "num_warps": min(16, block // 512), "num_stages": 1}
-        for block in (8192, 4096, 16384)
+    waiting = [
+        {**base, "BLOCK_N": block, "SPLIT": -(-num_cols // block), "num_warps": 8, "num_stages": 1}
+        for block in (8192, 4096)
         if num_cols <= _MAX_WAITING * block
     ]
-    held = [target for target in joined if num_rows * target["SPLIT"] <= 2 * device.num_multiprocessors]
-    others = [target for target in joined if target not in held]
+    rows_under_way = min(num_rows, 2 * s.device.num_multiprocessors)
+    are_first = split > 1 or rows_under_way * num_cols * s.itemsize > _L2_BYTES
+    first, others = (waiting, []) if are_first else ([], waiting)
     return [
-        *held, base, {**base, "SPLIT": 2 * split}, {**base, "SPLIT": max(1, split // 2)}, {**base, "BLOCK_N": 2048},
+        *first, base, {**base, "SPLIT": 2 * split}, {**base, "SPLIT": max(1, split // 2)}, {**base, "BLOCK_N": 2048},
         *others, {**base, "BLOCK_N": 8192}, {**base, "num_warps": 4}, {**base, "num_stages": 1},
         {**base, "num_warps": 16},
     ]  # fmt: skip
 
 
 def _layer_norm(s: KernelSituation) -> list[Target]:
-    return _moments(s.num_rows, s.num_cols, s.device, stages=3)
+    return _moments(s.num_rows, s.num_cols, s, stages=3)
 
 
 def _group_norm(s: KernelSituation) -> list[Target]:
     # One stage in a loop over a whole row: the weights of a block are gathered, and a pipeline would copy them value by
     # value. Of split rows 256 x 294912 fp32 took 208 us with three on an H200, and the first pass reads no weights.
-    return _moments(s.shape[0], math.prod(s.shape[1:]), s.device, stages=1)
+    return _moments(s.shape[0], math.prod(s.shape[1:]), s, stages=1)
 
 
 def _softmax(s: KernelSituation) -> list[Target]:

@@ -171,7 +171,7 @@ def test_group_norm_agrees_with_fp64(shape: tuple[int, ...], num_groups: int, dt
 
 
 # Parts of several blocks, read again after the wait, and of one block, held in registers.
-WAITING = {"_waiting_kernel": {"BLOCK_N": 64, "NUM_STAGES": 1}, "_joined_kernel": {"BLOCK_N": 256}}
+WAITING = {"_waiting_kernel": {"BLOCK_N": 64, "NUM_STAGES": 1}, "_relay_kernel": {"BLOCK_N": 256}}
 
 
 @pytest.mark.parametrize("name", WAITING)
@@ -194,10 +194,11 @@ def test_programs_that_wait_for_each_other_agree_with_fp64(
         # Programs run one by one here: all have arrived before the first waits, and the second launch has all moments.
         arrived = torch.full((rows + 1,), split, dtype=torch.int32)
         arrived[0] = 0
+        counts = (rows, cols) if name == "_relay_kernel" else (cols,)
         kernel[(rows * split,)](
-            x, residual, weight, bias, out, summed if has_residual else x, moments, arrived, cols, groups, x.stride(0),
-            cols, EPS, HAS_RESIDUAL=has_residual, HAS_WEIGHT=True, HAS_BIAS=True, IS_SILU=True, SPATIAL=spatial,
-            SPLIT=split, SPLIT_LANES=1 << (split - 1).bit_length(), **WAITING[name],
+            x, residual, weight, bias, out, summed if has_residual else x, moments, arrived, *counts, groups,
+            x.stride(0), cols, EPS, HAS_RESIDUAL=has_residual, HAS_WEIGHT=True, HAS_BIAS=True, IS_SILU=True,
+            SPATIAL=spatial, SPLIT=split, SPLIT_LANES=1 << (split - 1).bit_length(), **WAITING[name],
         )  # fmt: skip
     h = (x + residual) if has_residual else x
     channels = [tensor.double().repeat_interleave(spatial or 1).view(groups, cols) for tensor in (weight, bias)]

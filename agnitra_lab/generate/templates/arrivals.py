@@ -12,12 +12,23 @@ import triton.language as tl
 
 
 @triton.jit
-def wait_for_all(count_ptr, NUM: tl.constexpr):
-    """Arrive at a counter, and wait until NUM programs have."""
-    # Every thread's stores come before the arrival, the arrivals before every thread's loads.
+def arrive(count_ptr):
+    """Count this program in, after all that its threads have stored."""
     tl.debug_barrier()
     tl.atomic_add(count_ptr, 1, sem="release")
+
+
+@triton.jit
+def wait_for(count_ptr, NUM: tl.constexpr):
+    """Wait until NUM programs have arrived, before any thread loads what they stored."""
     arrived = 0
     while arrived < NUM:
         arrived = tl.atomic_add(count_ptr, 0, sem="acquire")
     tl.debug_barrier()
+
+
+@triton.jit
+def wait_for_all(count_ptr, NUM: tl.constexpr):
+    """Arrive at a counter, and wait until NUM programs have."""
+    arrive(count_ptr)
+    wait_for(count_ptr, NUM)

@@ -116,8 +116,8 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
 
 
 def default(shape: tuple[int, ...], dtype: str) -> dict[str, int]:
-    """A whole row in one block where it fits; long rows in loops, and split over programs when few."""
-    return row_default(math.prod(shape[:-1]), shape[-1])
+    """A whole row in one block where it fits; longer ones in loops, or in parts that wait for each other."""
+    return row_default(math.prod(shape[:-1]), shape[-1], dtype)
 
 
 def example(shape: tuple[int, ...], dtype: str, device: torch.device | str) -> tuple[tuple[object, ...], dict]:

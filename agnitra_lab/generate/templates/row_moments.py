@@ -2,9 +2,10 @@
 
 A row that fits in a block is read once and centred in registers. A longer one is read twice: its moments are gathered
 lane by lane in Welford's recurrence and merged by Chan's rule, never as E[x^2] - E[x]^2, which cancels. A row may also
-be SPLIT over programs, which wait for each other's moments. Where SPLIT blocks hold it, they keep their parts in
-registers: one read. Where they do not, each loops over its part and reads it again from the L2 once it has waited. Of
-more than may wait, one kernel leaves the moments of every part, the next one merges them and normalises.
+be SPLIT over programs, which wait for each other's moments and read their parts again from the L2. Where SPLIT blocks
+hold it, programs pass from block to block and from row to row, and the next block is read before the one before it is
+waited for; where they do not, each loops over its part. Of more than may wait, one kernel leaves the moments of every
+part, the next one merges them and normalises.
 """
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-from agnitra_lab.generate.templates.arrivals import wait_for_all
+from agnitra_lab.generate.templates.arrivals import arrive, wait_for, wait_for_all
 from agnitra_lab.generate.templates.moments import (
     _merge_moments,
     _merge_parts,
@@ -25,13 +26,14 @@ from agnitra_lab.generate.templates.row_parts import (
     _affine,
     _apply_kernel,
     _chunk_kernel,
-    _joined_kernel,
     _leave,
     _part_moments,
+    _relay_kernel,
     _row_moments,
     _spread,
     _sum_at,
     _waiting_kernel,
+    _write_block,
     _write_part,
 )
 from agnitra_lab.generate.templates.row_points import MAX_WAITING
@@ -138,6 +140,8 @@ def _loop_kernel(
 
 
 KERNELS = (
+    arrive,
+    wait_for,
     wait_for_all,
     _two_parts,
     _merge_moments,
@@ -152,7 +156,8 @@ KERNELS = (
     _part_moments,
     _leave,
     _write_part,
-    _joined_kernel,
+    _write_block,
+    _relay_kernel,
     _waiting_kernel,
     _block_kernel,
     _loop_kernel,
@@ -161,6 +166,8 @@ KERNELS = (
 )
 """What a rendered source needs: device functions, then the kernels of parts that wait (in blocks, in loops), of one
 block, of a loop, and the two of a split."""
+_RELAY_PROGRAMS = 4
+"""For each multiprocessor: as many as may fit. Those that do not find nothing left."""
 IS_COMPILED = isinstance(_block_kernel, triton.JITFunction)
 
 
@@ -236,7 +243,14 @@ def _normalise_split(tensors, numbers, split, num_stages, has_residual, affine, 
         options["NUM_STAGES"] = num_stages
     if split <= min(_most_waiting(x_MN.device), MAX_WAITING):
         arrivals = torch.zeros(num_rows + 1, dtype=torch.int32, device=x_MN.device)
-        _launcher(_joined_kernel if is_held else _waiting_kernel)[(num_rows * split,)](
+        if is_held:
+            num_programs = min(num_rows * split, _RELAY_PROGRAMS * _most_waiting(x_MN.device))
+            _launcher(_relay_kernel)[(num_programs,)](
+                *tensors, moments, arrivals, num_rows, num_cols, num_groups, stride_xm, stride_rm, eps,
+                HAS_RESIDUAL=has_residual, **lanes, **affine, **options,
+            )  # fmt: skip
+            return
+        _launcher(_waiting_kernel)[(num_rows * split,)](
             *tensors, moments, arrivals, num_cols, num_groups, stride_xm, stride_rm, eps, HAS_RESIDUAL=has_residual,
             **lanes, **affine, **options,
         )  # fmt: skip

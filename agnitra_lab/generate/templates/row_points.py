@@ -11,6 +11,8 @@ ENOUGH_ROWS = 264
 MAX_WAITING = 128
 """Programs of one row that may wait for each other; `row_moments` lets no more wait than the device has
 multiprocessors."""
+_L2_BYTES = 50 * 1024 * 1024
+"""Of an H200."""
 _SHARED_MEMORY_BYTES = 227 * 1024
 """What one block may use on Hopper (compute capability 9.0)."""
 
@@ -90,24 +92,22 @@ def _is_worth_splitting(point: dict[str, int], num_rows: int, num_cols: int) -> 
     )
 
 
-def row_default(num_rows: int, num_cols: int) -> dict[str, int]:
-    """A whole row in one block where it fits; else in a loop where the rows fill the machine.
+def row_default(num_rows: int, num_cols: int, dtype: str) -> dict[str, int]:
+    """A whole row in one block where it fits; else in a loop where the L2 holds all rows that are under way.
 
-    Few rows are split: into blocks that wait for each other where the device holds all of them at once, else into
-    loops, about 4000. On an H200 256 x 294912 fp32 took 294 us in 9216 blocks that wait and 208 in 4096 loops;
-    128 x 262144 bf16 111 and 60.
+    Longer ones go block after block through all programs, and those of more blocks than may wait for each other are
+    split into loops. On an H200 in fp32 1024 x 262144 took 803 us in loops over whole rows and 668 block after block,
+    64 x 1048576 191 in split loops and 181; in bf16 128 x 262144 65 in split loops and 50.
     """
     if num_cols <= MAX_TILE:
         rule = row_rule((num_rows, num_cols), block_n=next_power_of_two(num_cols), values_per_thread=16)
         return rule | {"SPLIT": 1}
-    if num_rows >= ENOUGH_ROWS:
-        # 512 x 32768 bf16 on an H200: 27 us, where four blocks that wait for each other took 47.
+    if num_rows >= ENOUGH_ROWS and ENOUGH_ROWS * num_cols * itemsize(dtype) <= _L2_BYTES:
+        # 512 x 32768 bf16 on an H200: 27 us, where blocks that wait for each other took 29.
         return {"BLOCK_N": 8192, "ROWS_PER_PROGRAM": 1, "SPLIT": 1, "num_warps": 16, "num_stages": 1}
-    for block, most_idle in ((8192, 0.15), (4096, 0.15), (MAX_TILE, 1.0)):
+    for block, most_idle in ((8192, 0.15), (4096, 0.15), (8192, 1.0)):
         split = -(-num_cols // block)
-        is_resident = split <= MAX_WAITING and num_rows * split <= ENOUGH_ROWS
-        if is_resident and split * block <= (1 + most_idle) * num_cols:
-            warps = min(16, block // 512)
-            return {"BLOCK_N": block, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": warps, "num_stages": 1}
+        if split <= MAX_WAITING and split * block <= (1 + most_idle) * num_cols:
+            return {"BLOCK_N": block, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": 8, "num_stages": 1}
     split = min(next_power_of_two(4096 // num_rows), next_power_of_two(num_cols // 16384))
     return {"BLOCK_N": 4096, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": 8, "num_stages": 3}

@@ -33,7 +33,7 @@ from agnitra_lab.generate.points import (
     next_power_of_two,
     row_rule,
 )
-from agnitra_lab.generate.templates.arrivals import wait_for_all
+from agnitra_lab.generate.templates.arrivals import arrive, wait_for, wait_for_all
 from agnitra_lab.generate.templates.online import lane_sum, online_block, online_merge, online_step
 
 PARAMS = ("BLOCK_N", "ROWS_PER_PROGRAM", "SPLIT", "num_warps", "num_stages")
@@ -232,8 +232,8 @@ def _parts(
 
 
 kernel = (
-    lane_sum, online_block, online_step, online_merge, wait_for_all, _exp_f32, _result, _rows, _merged, _keep, _sums,
-    _write, _joined, _parts,
+    lane_sum, online_block, online_step, online_merge, arrive, wait_for, wait_for_all, _exp_f32, _result, _rows,
+    _merged, _keep, _sums, _write, _joined, _parts,
 )  # fmt: skip
 _IS_COMPILED = isinstance(_rows, triton.JITFunction)
 _SHARED_MEMORY_BYTES = 227 * 1024

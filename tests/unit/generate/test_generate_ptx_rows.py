@@ -23,6 +23,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         "HAS_RESIDUAL": False, "HAS_WEIGHT": True, "HAS_BIAS": True, "IS_SILU": True, "SPATIAL": 65536, "SPLIT": 8,
         "SPLIT_LANES": 8, "NUM_STAGES": 1,
     },
+    "_relay_kernel": {
+        "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_BIAS": True, "IS_SILU": False, "SPATIAL": 0, "SPLIT": 36,
+        "SPLIT_LANES": 64,
+    },
     "_tokens": {"HAS_SMOOTHING": False, "IS_ONE_BLOCK": False, "ROWS_PER_PROGRAM": 1, "SPLIT": 1, "NUM_STAGES": 3},
     "_join": {"HAS_SMOOTHING": True, "SPLIT": 8, "BLOCK_SPLIT": 8},
     "_sums": {"HAS_MASK": False, "SPLIT": 8, "NUM_STAGES": 2},
@@ -40,6 +44,7 @@ CASES = [
     ("softmax", "_joined", "fp32"),
     ("softmax", "_parts", "bf16"),
     ("group_norm", "_waiting_kernel", "bf16"),
+    ("layer_norm", "_relay_kernel", "fp32"),
     ("cross_entropy", "_tokens", "bf16"),
     ("cross_entropy", "_join", "bf16"),
     ("cumsum", "_sums", "fp32"),
