@@ -72,6 +72,12 @@ ACTIONS: dict[str, Action] = {
             summary="run convolutions with the channels innermost where that measures faster, weights laid out once",
         ),
         Action(
+            name="patch_conv",
+            kind="rewrite",
+            is_measured=True,
+            summary="run convolutions over patches as one product of gathered windows where that measures faster",
+        ),
+        Action(
             name="grouped_conv",
             kind="rewrite",
             is_measured=True,

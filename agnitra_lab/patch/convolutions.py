@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from agnitra_lab.patch.measured import LEAST_GAIN
 from agnitra_lab.patch.neighbours import is_pointwise
 from agnitra_lab.patch.ops import argument, fake_of, op_name
 
-TF32_SHARE = 5e-5
+_TF32_SHARE = 5e-5
 """Of the result's norm: TF32 leaves 3e-4, fp32 1e-7 to 1e-6."""
 RANKS = {
     "conv1d": 3, "conv_transpose1d": 3, "conv2d": 4, "conv_transpose2d": 4, "conv3d": 5, "conv_transpose3d": 5,
@@ -215,7 +215,25 @@ def _loses_digits(node: fx.Node, fake: Tensor, memory_format: torch.memory_forma
         with cudnn.flags(enabled=cudnn.enabled, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=False):
             exact = _call(node, inputs, torch.contiguous_format)()
         error, other = (float((result - exact).norm()) for result in (last, first))
-        return error > TF32_SHARE * float(exact.norm()) and error > 2 * other
+        return error > _TF32_SHARE * float(exact.norm()) and error > 2 * other
+
+
+def is_less_exact(form: Callable[..., Tensor], conv: Callable[..., Tensor], given: Sequence[Tensor | None]) -> bool:
+    """Whether another form of a convolution is computed in TF32 where the convolution is not: torch lets cuDNN choose.
+
+    Args:
+        form, conv: take input, weight and bias.
+        given: of them. Call it within `real_tensors`.
+    """
+    x = given[0]
+    if x is None or x.dtype is not torch.float32 or x.device.type != "cuda":
+        return False
+    try:
+        exact = conv(*(None if value is None else value.double() for value in given))
+        error, other = (float((result - exact).norm()) for result in (form(*given), conv(*given)))
+    except RuntimeError:
+        return True
+    return error > _TF32_SHARE * float(exact.norm()) and error > 2 * other
 
 
 def _random_inputs(node: fx.Node) -> Any:

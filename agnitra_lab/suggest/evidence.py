@@ -57,6 +57,7 @@ REQUIRED_PATTERN: dict[str, str] = {
     "rms_norm": "rms_norm",
     "conv_bn_fold": "conv_bn",
     "channels_last": "conv",
+    "patch_conv": "conv",
     "grouped_conv": "conv",
     "pointwise_conv": "conv",
     "padded_linear": "linear",

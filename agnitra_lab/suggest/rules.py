@@ -322,6 +322,14 @@ RULES: tuple[Rule, ...] = (
         "Tensor cores read channels last. Measured on one H200: conv3d 128 to 128 channels, 1.2 to 1.3 times as fast.",
     ),
     _share_rule(
+        "patches",
+        "patch_conv",
+        evidence.CONV_OPS,
+        0.7,
+        "Windows that do not overlap are a permutation of the image, and the convolution a product. Measured on one "
+        "H200 in bf16: patches of 16 x 16 of 64 images 515 us, as a product 62.",
+    ),
+    _share_rule(
         "few_groups",
         "grouped_conv",
         evidence.CONV_OPS,

@@ -41,9 +41,11 @@ def layers() -> dict[str, nn.Module]:
     }  # fmt: skip
 
 
-def check(actions: list[str], function: Any, *args: Tensor, is_lowered: bool = False) -> Any:
+def check(
+    actions: list[str], function: Any, *args: Tensor, layers: dict[str, nn.Module], is_lowered: bool = False
+) -> Any:
     """Install rewrites, compare with eager (values, shapes, dtypes, strides), also after an update of the weights."""
-    model = Formula(function, **layers()).eval()
+    model = Formula(function, **layers).eval()
     patch = install(Workload("case", model, args), actions, name="candidate", is_lowered=is_lowered)
     with torch.no_grad():
         for _ in range(2):
@@ -87,20 +89,20 @@ def choose(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_groups_become_convolutions_of_their_own(name, form, monkeypatch):
     choose(form, monkeypatch)
-    (found,) = made(check(["grouped_conv"], *CASES[name]), "grouped_conv")
+    (found,) = made(check(["grouped_conv"], *CASES[name], layers=layers()), "grouped_conv")
     assert found.replacement == form
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_groups_with_one_tap_become_one_batched_product(name, monkeypatch):
     choose(PRODUCT, monkeypatch)
-    assert len(made(check(["conv_bn_fold", "grouped_conv"], *PRODUCTS[name]), "grouped_conv")) == 1
+    assert len(made(check(["conv_bn_fold", "grouped_conv"], *PRODUCTS[name], layers=layers()), "grouped_conv")) == 1
 
 
 @pytest.mark.slow
 def test_split_groups_go_through_inductor(monkeypatch):
     choose(INNERMOST, monkeypatch)
-    check(["grouped_conv", "channels_last"], *CASES["line, padded by name"], is_lowered=True)
+    check(["grouped_conv", "channels_last"], *CASES["line, padded by name"], layers=layers(), is_lowered=True)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_split_groups_go_through_inductor(monkeypatch):
 )
 def test_other_convolutions_stay(because, function, x, monkeypatch):
     choose(SPLIT, monkeypatch)
-    patch = check(["grouped_conv"], function, x)
+    patch = check(["grouped_conv"], function, x, layers=layers())
     assert any(because in refusal.reason for refusal in patch.log().refusals), patch.log().refusals
     assert not made(patch, "grouped_conv")
 
@@ -139,8 +141,8 @@ def test_every_form_computes_the_convolution(name, has_product):
 
 
 def test_the_measurement_decides_and_runs_on_the_machine_at_hand(monkeypatch):
-    patch = check(["grouped_conv"], *PRODUCTS["one tap"])
+    patch = check(["grouped_conv"], *PRODUCTS["one tap"], layers=layers())
     assert made(patch, "grouped_conv") or "one for each group" in patch.log().refusals[0].reason
     torch._dynamo.reset()
     monkeypatch.setattr(grouped_conv, "measure", lambda *_: {"grouped": 1.0, SPLIT: 1.0})
-    assert "takes 1.0000 ms" in check(["grouped_conv"], *CASES["plane"]).log().refusals[0].reason
+    assert "takes 1.0000 ms" in check(["grouped_conv"], *CASES["plane"], layers=layers()).log().refusals[0].reason

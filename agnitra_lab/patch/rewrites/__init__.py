@@ -36,6 +36,8 @@ _ORDER = (
     "cross_entropy",
     "softmax",
     "cumsum",
+    # Some convolutions are products, and their results have their channels innermost.
+    "patch_conv",
     # Groups that become convolutions of their own have a layout too.
     "grouped_conv",
     # Layouts last, around what the convolutions have become.

@@ -27,7 +27,7 @@ from agnitra_lab.contracts.patch import PatchDescriptor
 from agnitra_lab.device.call_time import time_ms
 from agnitra_lab.patch.context import RewriteContext
 from agnitra_lab.patch.convolutions import (
-    TF32_SHARE,
+    is_less_exact,
     layout_times,
     random_like,
     real_tensors,
@@ -140,10 +140,10 @@ def measure(node: fx.Node, fakes: Sequence[Tensor | None], num_groups: int) -> d
             return {}
         found["grouped"] = min(grouped, *(as_it_is or (grouped,)))
         for name, form in forms.items():
-            laid_out = _laid_out(weight) if name == _INNERMOST else weight
-            if name == "grouped" or _loses_digits(form, forms["grouped"], (x, weight, bias), laid_out):
+            given = (x, _laid_out(weight) if name == _INNERMOST else weight, bias)
+            if name == "grouped" or is_less_exact(lambda *_: form(*given), forms["grouped"], (x, weight, bias)):  # noqa: B023
                 continue
-            time = time_ms(partial(form, x, laid_out, bias), x.device)
+            time = time_ms(partial(form, *given), x.device)
             if time is not None:
                 found[name] = time
     return found
@@ -223,21 +223,6 @@ def _product(num_groups: int, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     else:
         out = torch.baddbmm(bias.view(num_groups, -1, 1).repeat(num_images, 1, 1), matrices, groups)
     return out.view(num_images, -1, *x.shape[2:])
-
-
-def _loses_digits(form: Form, grouped: Form, given: tuple[Any, ...], laid_out: Tensor) -> bool:
-    """Whether a form is computed in TF32 where the convolution is not: torch lets cuDNN choose for each."""
-    x, weight, bias = given
-    if x.dtype is not torch.float32 or x.device.type != "cuda":
-        return False
-    try:
-        exact = grouped(x.double(), weight.double(), None if bias is None else bias.double())
-        error, other = (
-            float((result - exact).norm()) for result in (form(x, laid_out, bias), grouped(x, weight, bias))
-        )
-    except RuntimeError:
-        return True
-    return error > TF32_SHARE * float(exact.norm()) and error > 2 * other
 
 
 def _replace(found: _Grouped, form: str, times: Times, context: RewriteContext, flow: LayoutFlow) -> PatchDescriptor:
