@@ -166,6 +166,7 @@ def test_a_bias_whose_keys_do_not_lie_side_by_side_is_given_to_a_fused_kernel_as
     model = Biased().to("cuda", torch.bfloat16).eval()
     q, k, v = (torch.randn(4, 8, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     patch = install(Workload("biased", model, (q, k, v)), ["sdpa_backend"], name="candidate")
+    print([(change.replacement, change.config) for change in patch.log().descriptors], patch.log().refusals)
     assert [change.replacement for change in patch.log().descriptors if "dense_mask" in change.replacement]
     with torch.no_grad():
         oracle = copy.deepcopy(model).double()(q.double(), k.double(), v.double())
