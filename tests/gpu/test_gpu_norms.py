@@ -131,8 +131,8 @@ def test_channel_norm_is_as_near_to_fp64_as_eager(shape, kind, dtype) -> None:
             check("channel_norm", site, dtype, run, eager, exact)
 
 
-def test_many_rows_that_are_held_by_waiting_programs_are_each_right() -> None:
-    # More programs than the device holds at once, over and over, and the last block of each row is short.
+def test_many_rows_whose_blocks_programs_take_one_after_the_other_are_each_right() -> None:
+    # More blocks than the device holds at once, over and over, and the last one of each row is short.
     x, weight, bias = random(257, 40, 1000), random(40), random(40)
     exact = F.group_norm(x.double(), 1, weight.double(), bias.double(), EPS)
     eager = F.group_norm(x, 1, weight, bias, EPS)
