@@ -218,19 +218,20 @@ def _loses_digits(node: fx.Node, fake: Tensor, memory_format: torch.memory_forma
         return error > _TF32_SHARE * float(exact.norm()) and error > 2 * other
 
 
-def is_less_exact(form: Callable[..., Tensor], conv: Callable[..., Tensor], given: Sequence[Tensor | None]) -> bool:
+def is_less_exact(form: Callable[[], Tensor], conv: Callable[..., Tensor], given: Sequence[Tensor | None]) -> bool:
     """Whether another form of a convolution is computed in TF32 where the convolution is not: torch lets cuDNN choose.
 
     Args:
-        form, conv: take input, weight and bias.
-        given: of them. Call it within `real_tensors`.
+        form: gives its result for the same values.
+        conv: takes input, weight and bias.
+        given: these three. Call it within `real_tensors`.
     """
     x = given[0]
     if x is None or x.dtype is not torch.float32 or x.device.type != "cuda":
         return False
     try:
         exact = conv(*(None if value is None else value.double() for value in given))
-        error, other = (float((result - exact).norm()) for result in (form(*given), conv(*given)))
+        error, other = (float((result - exact).norm()) for result in (form(), conv(*given)))
     except RuntimeError:
         return True
     return error > _TF32_SHARE * float(exact.norm()) and error > 2 * other

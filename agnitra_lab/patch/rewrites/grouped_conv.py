@@ -141,9 +141,10 @@ def measure(node: fx.Node, fakes: Sequence[Tensor | None], num_groups: int) -> d
         found["grouped"] = min(grouped, *(as_it_is or (grouped,)))
         for name, form in forms.items():
             given = (x, _laid_out(weight) if name == _INNERMOST else weight, bias)
-            if name == "grouped" or is_less_exact(lambda *_: form(*given), forms["grouped"], (x, weight, bias)):  # noqa: B023
+            call = partial(form, *given)
+            if name == "grouped" or is_less_exact(call, forms["grouped"], (x, weight, bias)):
                 continue
-            time = time_ms(partial(form, *given), x.device)
+            time = time_ms(call, x.device)
             if time is not None:
                 found[name] = time
     return found

@@ -131,10 +131,10 @@ def measure(node: fx.Node, fakes: Sequence[Tensor | None], windows: _Windows) ->
         x, weight, bias = (None if fake is None else random_like(fake) for fake in fakes)
         assert x is not None and weight is not None
         conv = partial(target, stride=windows.stride)
-        if is_less_exact(partial(_product, windows), conv, (x, weight, bias)):
+        product = partial(_product, windows, x, weight, bias)
+        if is_less_exact(product, conv, (x, weight, bias)):
             return None
-        before = time_ms(lambda: conv(x, weight, bias), x.device)
-        after = time_ms(lambda: _product(windows, x, weight, bias), x.device)
+        before, after = time_ms(partial(conv, x, weight, bias), x.device), time_ms(product, x.device)
     return None if before is None or after is None else (before, after)
 
 
