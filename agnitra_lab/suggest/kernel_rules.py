@@ -81,10 +81,11 @@ def _swiglu(s: KernelSituation) -> list[Target]:
     ]
 
 
-def _moments(num_rows: int, num_cols: int, s: KernelSituation, stages: int) -> list[Target]:
+def _moments(num_rows: int, num_cols: int, s: KernelSituation, stages: int, run: int = 0) -> list[Target]:
     """LayerNorm and GroupNorm: a whole row in one block, else loops, else rows split over some 4000 programs.
 
-    Blocks that wait for each other come before them where two rows for each multiprocessor are more than the L2 holds.
+    Blocks that wait for each other come before them where two rows for each multiprocessor are more than the L2 holds,
+    and each of their blocks has one weight or a weight a column.
     """
     if num_cols <= 16384:
         return rows_in_one_block(num_rows, next_power_of_two(num_cols), s.device)
@@ -99,7 +100,8 @@ def _moments(num_rows: int, num_cols: int, s: KernelSituation, stages: int) -> l
         if num_cols <= _MAX_WAITING * block
     ]
     rows_under_way = min(num_rows, 2 * s.device.num_multiprocessors)
-    are_first = split > 1 or rows_under_way * num_cols * s.itemsize > _L2_BYTES
+    is_much = split > 1 or rows_under_way * num_cols * s.itemsize > _L2_BYTES
+    are_first = is_much and bool(waiting) and run % waiting[0]["BLOCK_N"] == 0
     first, others = (waiting, []) if are_first else ([], waiting)
     return [
         *first, base, {**base, "SPLIT": 2 * split}, {**base, "SPLIT": max(1, split // 2)}, {**base, "BLOCK_N": 2048},
@@ -115,7 +117,7 @@ def _layer_norm(s: KernelSituation) -> list[Target]:
 def _group_norm(s: KernelSituation) -> list[Target]:
     # One stage in a loop over a whole row: the weights of a block are gathered, and a pipeline would copy them value by
     # value. Of split rows 256 x 294912 fp32 took 208 us with three on an H200, and the first pass reads no weights.
-    return _moments(s.shape[0], math.prod(s.shape[1:]), s, stages=1)
+    return _moments(s.shape[0], math.prod(s.shape[1:]), s, stages=1, run=math.prod(s.shape[2:]))
 
 
 def _softmax(s: KernelSituation) -> list[Target]:

@@ -93,7 +93,7 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
 
 def default(shape: tuple[int, ...], dtype: str) -> dict[str, int]:
     """A whole group in one block where it fits; longer ones in loops, or in parts that wait for each other."""
-    rule = row_default(shape[0], math.prod(shape[1:]), dtype)
+    rule = row_default(shape[0], math.prod(shape[1:]), dtype, run=math.prod(shape[2:]))
     # One stage: the weights of a block are gathered, and a pipeline would copy them value by value. Of split rows the
     # loop that gathers nothing gains by three.
     return rule if rule["SPLIT"] > 1 else rule | {"num_stages": 1}

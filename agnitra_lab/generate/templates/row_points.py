@@ -11,6 +11,7 @@ ENOUGH_ROWS = 264
 MAX_WAITING = 128
 """Programs of one row that may wait for each other; `row_moments` lets no more wait than the device has
 multiprocessors."""
+_LONG_BLOCK = 8192
 _L2_BYTES = 50 * 1024 * 1024
 """Of an H200."""
 _SHARED_MEMORY_BYTES = 227 * 1024
@@ -92,22 +93,32 @@ def _is_worth_splitting(point: dict[str, int], num_rows: int, num_cols: int) -> 
     )
 
 
-def row_default(num_rows: int, num_cols: int, dtype: str) -> dict[str, int]:
+def row_default(num_rows: int, num_cols: int, dtype: str, run: int = 0) -> dict[str, int]:
     """A whole row in one block where it fits; else in a loop where the L2 holds all rows that are under way.
 
     Longer ones go block after block through all programs, and those of more blocks than may wait for each other are
     split into loops. On an H200 in fp32 1024 x 262144 took 803 us in loops over whole rows and 668 block after block,
     64 x 1048576 191 in split loops and 181; in bf16 128 x 262144 65 in split loops and 50.
+
+    Args:
+        num_rows, num_cols, dtype: of the rows.
+        run: values of a row that share a weight, 0 for a weight a column. Blocks that lie within a run look up one
+            number; 256 x 294912 fp32 in runs of 36864 took 208 us in split loops, and more in blocks of 8192.
     """
     if num_cols <= MAX_TILE:
         rule = row_rule((num_rows, num_cols), block_n=next_power_of_two(num_cols), values_per_thread=16)
         return rule | {"SPLIT": 1}
-    if num_rows >= ENOUGH_ROWS and ENOUGH_ROWS * num_cols * itemsize(dtype) <= _L2_BYTES:
+    split = -(-num_cols // _LONG_BLOCK)
+    are_in_runs = run % _LONG_BLOCK == 0
+    are_many = num_rows >= ENOUGH_ROWS
+    if are_many and (ENOUGH_ROWS * num_cols * itemsize(dtype) <= _L2_BYTES or not are_in_runs or split > MAX_WAITING):
         # 512 x 32768 bf16 on an H200: 27 us, where blocks that wait for each other took 29.
-        return {"BLOCK_N": 8192, "ROWS_PER_PROGRAM": 1, "SPLIT": 1, "num_warps": 16, "num_stages": 1}
-    for block, most_idle in ((8192, 0.15), (4096, 0.15), (8192, 1.0)):
+        return {"BLOCK_N": _LONG_BLOCK, "ROWS_PER_PROGRAM": 1, "SPLIT": 1, "num_warps": 16, "num_stages": 1}
+    for block, most_idle in ((_LONG_BLOCK, 0.15), (4096, 0.15), (_LONG_BLOCK, 1.0)):
         split = -(-num_cols // block)
-        if split <= MAX_WAITING and split * block <= (1 + most_idle) * num_cols:
+        is_resident = num_rows * split <= ENOUGH_ROWS
+        is_worth_it = (are_in_runs or is_resident) and split * block <= (1 + most_idle) * num_cols
+        if is_worth_it and split <= MAX_WAITING:
             return {"BLOCK_N": block, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": 8, "num_stages": 1}
     split = min(next_power_of_two(4096 // num_rows), next_power_of_two(num_cols // 16384))
     return {"BLOCK_N": 4096, "ROWS_PER_PROGRAM": 1, "SPLIT": split, "num_warps": 8, "num_stages": 3}
