@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
@@ -83,19 +83,24 @@ def replace_tensors(
     parts = parts_of(value) if id(value) not in above else None
     if parts is None:
         return value
-    changed = [replace_tensors(part, change, above | {id(value)}) for _, part in parts]
-    if all(new is old for new, (_, old) in zip(changed, parts, strict=True)):
+    old = [part for _, part in parts]
+    return put_parts(value, old, [replace_tensors(part, change, above | {id(value)}) for part in old])
+
+
+def put_parts(value: Any, old: Sequence[Any], new: Sequence[Any]) -> Any:
+    """Put new parts for the old ones into a list, mapping or object; a tuple is made anew where they differ."""
+    if all(ours is theirs for ours, theirs in zip(new, old, strict=True)):
         return value
     if isinstance(value, list):
-        value[:] = changed
+        value[:] = new
     elif isinstance(value, dict):
-        for key, part in zip(list(value), changed, strict=True):
+        for key, part in zip(list(value), new, strict=True):
             value[key] = part
-    elif is_record(value):
-        for name, part in zip(_attributes(value), changed, strict=True):
-            set_attribute(value, name, part)
+    elif isinstance(value, (tuple, Mapping)):
+        return with_parts(value, list(new))
     else:
-        return with_parts(value, changed)
+        for name, part in zip(attributes_of(value), new, strict=True):
+            set_attribute(value, name, part)
     return value
 
 
@@ -183,7 +188,7 @@ def parts_of(value: Any) -> list[tuple[str, Any]] | None:
     if isinstance(value, (list, tuple)):
         return [(f"[{index}]", item) for index, item in enumerate(value)]
     if is_record(value):
-        return [(f".{name}", item) for name, item in _attributes(value).items()]
+        return [(f".{name}", item) for name, item in attributes_of(value).items()]
     return None
 
 
@@ -193,7 +198,7 @@ def is_record(value: Any, depth: int = 0) -> bool:
         return False
     if dataclasses.is_dataclass(value):
         return True
-    parts = _attributes(value).values() if depth < _MAX_DEPTH else ()
+    parts = attributes_of(value).values() if depth < _MAX_DEPTH else ()
     return any(_holds_tensor(item, depth + 1) or _may_be_filled(item) for item in parts)
 
 
@@ -214,7 +219,8 @@ def _holds_tensor(value: Any, depth: int) -> bool:
     return is_record(value, depth)
 
 
-def _attributes(value: Any) -> dict[str, Any]:
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Return what a record holds, by name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return getattr(value, "__dict__", {})
@@ -234,7 +240,7 @@ def with_parts(value: Any, parts: list[Any]) -> Any:
             rebuilt[key] = part
         return rebuilt
     rebuilt = copy.copy(value)
-    for name, part in zip(_attributes(value), parts, strict=True):
+    for name, part in zip(attributes_of(value), parts, strict=True):
         set_attribute(rebuilt, name, part)
     return rebuilt
 

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from agnitra_lab.graph.tree import replace_tensors, tensors
 from agnitra_lab.patch.fast import FastPath
 from agnitra_lab.patch.frozen import FrozenWeights
 from agnitra_lab.patch.liveness import Surroundings
-from agnitra_lab.patch.output_strides import OutputStrides
+from agnitra_lab.patch.returned import Returned
 from agnitra_lab.patch.signature import Signature
 
 _GRAD_ADVICE = (
@@ -50,8 +49,8 @@ class OptimizedModel(nn.Module):
         compiled: Callable[..., Any],
         signature: Signature,
         *,
-        clones: tuple[bool, ...] | None = None,
-        strides: OutputStrides | None = None,
+        returned: Returned | None = None,
+        is_graphed: bool = False,
         frozen: FrozenWeights | None = None,
     ) -> None:
         # nn.Module.__init__ would give it parameters, modules and a training flag of its own.
@@ -62,8 +61,8 @@ class OptimizedModel(nn.Module):
             "_agnitra_compiled": compiled,
             "_agnitra_signature": signature,
             "_agnitra_context": Surroundings(module),
-            "_agnitra_clones": clones,
-            "_agnitra_strides": strides if strides else None,
+            "_agnitra_returned": returned if returned else None,
+            "_agnitra_is_graphed": is_graphed,
             "_agnitra_frozen": frozen,
             "_agnitra_fast": None,
             "_agnitra_has_warned": False,
@@ -111,13 +110,11 @@ class OptimizedModel(nn.Module):
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         own = self.__dict__
-        clones, strides = own["_agnitra_clones"], own["_agnitra_strides"]
-        if clones is not None:
+        if own["_agnitra_is_graphed"]:
             torch.compiler.cudagraph_mark_step_begin()
         outputs = own["_agnitra_compiled"](*args, **kwargs)
-        if strides is not None:
-            outputs = strides(outputs)
-        return outputs if clones is None else clone_outputs(outputs, clones)
+        returned = own["_agnitra_returned"]
+        return outputs if returned is None else returned(outputs)
 
     def _miss(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         self.guard_misses[reason] += 1
@@ -190,21 +187,6 @@ class OptimizedModel(nn.Module):
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> OptimizedModel:
         self.__dict__["_agnitra_module"]._apply(fn, *args, **kwargs)
         return self
-
-
-def clone_outputs(outputs: Any, clones: tuple[bool, ...]) -> Any:
-    """Copy the outputs that live in a CUDA graph's memory: its next replay overwrites them.
-
-    Args:
-        outputs: what the compiled call returned.
-        clones: per tensor, whether it must be copied; tensors that alias an input or a weight must not.
-    """
-    if isinstance(outputs, torch.Tensor):
-        return outputs.clone() if clones[:1] != (False,) else outputs
-    found = [tensor for _, tensor in tensors(outputs)]
-    wanted = clones if len(clones) == len(found) else (True,) * len(found)
-    made = {id(tensor): tensor.clone() for tensor, is_wanted in zip(found, wanted, strict=True) if is_wanted}
-    return replace_tensors(outputs, lambda tensor: made.get(id(tensor), tensor))
 
 
 def _has_inference_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

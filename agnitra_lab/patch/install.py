@@ -36,6 +36,7 @@ from agnitra_lab.patch.options import (
 )
 from agnitra_lab.patch.output_strides import OutputStrides, strides_of
 from agnitra_lab.patch.paths import Paths
+from agnitra_lab.patch.returned import Returned
 from agnitra_lab.patch.rollback import Fingerprint, MutableState, fingerprint, keep_outputs, prove, run_original
 from agnitra_lab.patch.signature import Signature
 
@@ -286,11 +287,13 @@ def _compile(
     if _failure(how) is not None:
         raise _undo(name, before, how, None)
     is_own = _clone_mask(workload, outputs)
-    clones = is_own if is_cuda_graph else None
     strides = OutputStrides(before.strides, outputs, is_own)
+    returned = Returned(outputs, strides, is_own if is_cuda_graph else None)
     before.state.restore()
     frozen = _freeze(workload, before) if options.get("freezing") else None
-    model = OptimizedModel(workload.model, compiled, signature, clones=clones, strides=strides, frozen=frozen)
+    model = OptimizedModel(
+        workload.model, compiled, signature, returned=returned, is_graphed=is_cuda_graph, frozen=frozen
+    )
     return Patch(name, workload, before, model, compile_s)
 
 
@@ -302,7 +305,8 @@ def _take_fast_path(
     frozen: FrozenWeights | None = own["_agnitra_frozen"]
     checks = [own["_agnitra_context"].difference, *([frozen.difference] if frozen is not None else [])]
     started = time.perf_counter()
-    paths = Paths(workload, before.state, checks, own["_agnitra_strides"])
+    returned: Returned | None = own["_agnitra_returned"]
+    paths = Paths(workload, before.state, checks, returned.strides if returned is not None else None)
     path, reason = paths.of_compiled(own["_agnitra_compiled"], backend, should_capture=should_capture)
     patch.model.take_fast_path(path)
     patch.is_whole = paths.has_captured or not should_capture

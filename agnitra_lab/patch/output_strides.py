@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agnitra_lab.device.row_copy import copy_rows
-from agnitra_lab.graph.tree import replace_tensors, tensors
+from agnitra_lab.graph.tree import tensors
 from agnitra_lab.patch.layouts import is_dense
 
 Strides = tuple[int, ...]
@@ -52,15 +52,10 @@ class OutputStrides:
         """Return the strides to give to each tensor, None where it has them."""
         return [self._wanted.get(index) for index in range(num_tensors)]
 
-    def __call__(self, outputs: Any) -> Any:
-        """Return the result with the original's strides; tensors that lack them are copied."""
-        if not self._wanted:
-            return outputs
-        if isinstance(outputs, Tensor):
-            return copied(outputs, self._wanted[0])
-        found = tensors(outputs)
-        made = {id(found[index][1]): copied(found[index][1], strides) for index, strides in self._wanted.items()}
-        return replace_tensors(outputs, lambda tensor: made.get(id(tensor), tensor))
+    def given_to(self, found: Sequence[Tensor]) -> list[Tensor]:
+        """Return these tensors with the original's strides, copies where they lack them."""
+        pairs = zip(found, self.of(len(found)), strict=True)
+        return [tensor if layout is None else copied(tensor, layout) for tensor, layout in pairs]
 
 
 def copied(leaf: Tensor, strides: Strides | None) -> Tensor:

@@ -142,7 +142,7 @@ class Paths:
 
     def _restrided(self, run: Run) -> Run:
         strides = self._strides
-        return (lambda given: strides(list(run(given)))) if strides else run
+        return (lambda given: strides.given_to(run(given))) if strides else run
 
     def _path(self, name: str, run: Run, ends: Ends, guards: Sequence[WeightGuard], *, is_pure: bool) -> FastPath:
         return FastPath(name, run, ends, self._checks, guards, is_pure=is_pure)
