@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any, cast
 
 import torch
@@ -66,8 +67,22 @@ class Segments:
             graph.replay()
 
 
+Watched = Callable[[TorchDispatchMode], AbstractContextManager[Any]]
+"""Lets a mode see the ops of a call while it runs."""
+
+
+def everywhere(mode: TorchDispatchMode) -> AbstractContextManager[Any]:
+    """Let a mode see every op."""
+    return cast(AbstractContextManager[Any], mode)
+
+
 def capture(
-    call: Callable[[], Any], *, num_warm_calls: int = 1, should_cut: bool = False, has_tail: bool = False
+    call: Callable[[], Any],
+    *,
+    num_warm_calls: int = 1,
+    should_cut: bool = False,
+    has_tail: bool = False,
+    watched: Watched = everywhere,
 ) -> tuple[Segments, Any]:
     """Capture one call.
 
@@ -83,6 +98,7 @@ def capture(
             ops that PyTorch dispatches are seen; the kernels that compiled code launches between them stay together.
         has_tail: leave a large product that is the last of those ops out of the graphs, as their `tail`. Whether a
             kernel of compiled code comes after it cannot be seen here: the caller must hold results against the call's.
+        watched: which of its ops are seen for that; Dynamo runs no compiled code inside a mode.
 
     Returns:
         The graph, and what the captured call returned: tensors in the graph's memory, overwritten by each replay.
@@ -98,7 +114,7 @@ def capture(
             for _ in range(num_warm_calls):
                 call()
             if should_cut or has_tail:
-                with counter:
+                with watched(counter):
                     call()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
@@ -107,7 +123,11 @@ def capture(
         last = counter.last_product if has_tail else None
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            return _capture_segments(call, cuts, last) if cuts or last else _capture_whole(call)
+            if not cuts and last is None:
+                return _capture_whole(call)
+            with suppress(_OtherOpsError):
+                return _capture_segments(call, cuts, last, watched)
+            return _capture_segments(call, cuts, None, watched)
         finally:
             torch._C._cuda_clearCublasWorkspaces()
 
@@ -119,7 +139,9 @@ def _capture_whole(call: Callable[[], Any]) -> tuple[Segments, Any]:
     return Segments([graph]), outputs
 
 
-def _capture_segments(call: Callable[[], Any], cuts: Sequence[int], last: int | None) -> tuple[Segments, Any]:
+def _capture_segments(
+    call: Callable[[], Any], cuts: Sequence[int], last: int | None, watched: Watched
+) -> tuple[Segments, Any]:
     # One pool for all: a later segment may use the memory of what an earlier one let go, as they replay in this order.
     graphs = [torch.cuda.CUDAGraph()]
     pool = torch.cuda.graph_pool_handle()
@@ -143,14 +165,23 @@ def _capture_segments(call: Callable[[], Any], cuts: Sequence[int], last: int | 
         torch.cuda.synchronize()
         graphs[0].capture_begin(pool=pool)
         try:
-            with ops:
+            with watched(ops):
                 outputs = call()
         finally:
             if last is None or ops.count < last:
                 graphs[-1].capture_end()
         torch.cuda.synchronize()
+    if last is not None and ops.last_product != last:
+        raise _OtherOpsError(f"op {ops.last_product} is the last product, and the graphs end before op {last}")
     # The last product counts as left out only where it was: with other cuts alone it is in the last graph.
     return Segments(graphs, None if last is None else ops.tail), outputs
+
+
+class _OtherOpsError(RuntimeError):
+    """A captured call runs other ops than one that is not, as Python may that asks which of them it is.
+
+    Its graphs end somewhere before its last product, and what comes after them in the call would never run again.
+    """
 
 
 class _Ops(TorchDispatchMode):

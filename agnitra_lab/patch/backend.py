@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agnitra_lab.contracts.kernel import KernelSource
 from agnitra_lab.contracts.patch import PatchDescriptor, Refusal
@@ -115,6 +117,18 @@ class Backend:
         finally:
             self._recorder.calls = None
 
+    @contextmanager
+    def watched(self, mode: TorchDispatchMode) -> Iterator[None]:
+        """Let a mode see the ops of this backend's graphs, and of nothing else.
+
+        Dynamo runs no compiled code inside a dispatch mode; so it is entered behind Dynamo.
+        """
+        self._recorder.mode = mode
+        try:
+            yield
+        finally:
+            self._recorder.mode = None
+
     def release(self) -> None:
         """Let go of compiled code, derived weights and guards. Calls through this backend's graphs end here."""
         for graph in self._graphs:
@@ -171,9 +185,10 @@ GraphCall = tuple[Callable[..., Any], Sequence[Any], Any]
 
 
 class _Recorder:
-    """Where the graphs of one backend note their calls, while somebody listens."""
+    """Where the graphs of one backend note their calls, while somebody listens, and what watches their ops."""
 
     calls: list[GraphCall] | None = None
+    mode: TorchDispatchMode | None = None
 
 
 class _CompiledGraph:
@@ -201,6 +216,9 @@ class _CompiledGraph:
                 return self._unchanged(*args)
         if self._run is None:
             raise PatchError("This graph was rolled back.", hint="Call the drop-in; it runs the original.")
+        if self._recorder.mode is not None:
+            with self._recorder.mode:
+                return self._run(*args)
         if self._recorder.calls is None:
             return self._run(*args)
         outputs = self._run(*args)

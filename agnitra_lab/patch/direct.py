@@ -79,11 +79,13 @@ class DirectCall:
 
 @contextmanager
 def unchanged_attributes(liveness: Liveness) -> Iterator[None]:
-    """Refuse a model that changes its own attributes in a call: nothing would do that in its place.
+    """Refuse a model that changes its own attributes in a call, or has hooks: nothing would do that in their place.
 
     Raises:
-        PatchError: when a number, a flag or a tensor attribute is another one after the call.
+        PatchError: when a number, a flag or a tensor attribute is another one after the call, or hooks are there.
     """
+    if liveness.has_hooks:
+        raise PatchError("the model has forward hooks, which may do more than compute")
     yield
     if not liveness.has_the_same_attributes():
         raise PatchError("the model changes a Python value at each call")

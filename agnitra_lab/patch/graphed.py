@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from agnitra_lab.device.graphs import Segments, capture
+from agnitra_lab.device.graphs import Segments, Watched, capture, everywhere
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.liveness import Liveness
 from agnitra_lab.patch.output_strides import OutputStrides, copied
@@ -48,6 +48,7 @@ class GraphedCall:
         strides: what the results are given.
         written: places in `given` of the tensors that the call writes to.
         restore: puts back what else it writes, after each call that is made here.
+        watched: which of its ops a capture sees.
 
     Raises:
         PatchError: when the call cannot be captured, with the reason.
@@ -56,9 +57,10 @@ class GraphedCall:
     def __init__(
         self, call: Callable[[Sequence[Any]], Sequence[Tensor]], given: Sequence[Any], liveness: Liveness,
         strides: OutputStrides | None = None, *, written: Collection[int] = (), restore: Callable[[], None] = _nothing,
+        watched: Watched = everywhere,
     ) -> None:  # fmt: skip
         _refuse_uncapturable(given)
-        self._call, self._restore = call, restore
+        self._call, self._restore, self._watched = call, restore, watched
         self._given = [_same_layout(value) if isinstance(value, Tensor) else value for value in given]
         self._positions = [index for index, value in enumerate(given) if isinstance(value, Tensor)]
         self._static = [self._given[index] for index in self._positions]
@@ -93,7 +95,7 @@ class GraphedCall:
 
     def _capture(self, *, has_tail: bool) -> _Instance:
         before = torch.cuda.memory_reserved()
-        graph, outputs = _captured(self._warm_call, has_tail=has_tail)
+        graph, outputs = _captured(self._warm_call, has_tail, self._watched)
         num_bytes = torch.cuda.memory_reserved() - before
         return _Instance(graph, outputs, self._owned, self._inputs, self._strides, num_bytes)
 
@@ -357,9 +359,11 @@ def _free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0]) + unused
 
 
-def _captured(call: Callable[[], Sequence[Tensor]], *, has_tail: bool) -> tuple[Segments, Sequence[Tensor]]:
+def _captured(
+    call: Callable[[], Sequence[Tensor]], has_tail: bool, watched: Watched
+) -> tuple[Segments, Sequence[Tensor]]:
     try:
-        return capture(call, num_warm_calls=_NUM_WARM_CALLS, should_cut=True, has_tail=has_tail)
+        return capture(call, num_warm_calls=_NUM_WARM_CALLS, should_cut=True, has_tail=has_tail, watched=watched)
     except RuntimeError:
         # Cutting asks more of a call than capturing does: its ops must go through the dispatcher undisturbed.
         torch.cuda.synchronize()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agnitra_lab.contracts.workload import Workload
+from agnitra_lab.device.graphs import Watched, everywhere
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.backend import Backend
 from agnitra_lab.patch.direct import DirectCall, unchanged_attributes, untracked_memory
@@ -58,7 +59,7 @@ class Paths:
                 direct, is_pure = self._direct(compiled, backend, given)
                 ends = self._ends(arguments, given, direct.result)
         except PatchError as error:
-            return None, error.message
+            return self._of_graphs(compiled, backend, error.message) if should_capture else (None, error.message)
         path = self._path("direct", self._restrided(direct), ends, backend.guards, is_pure=is_pure)
         if not should_capture:
             return path, None
@@ -81,31 +82,59 @@ class Paths:
         Raises:
             PatchError: when it cannot be captured, or reads memory that nothing here could watch.
         """
-        model = self._workload.model
+        return self._whole(self._workload.model)
+
+    def _of_graphs(
+        self, compiled: Callable[..., Any], backend: Backend, reason: str
+    ) -> tuple[FastPath | None, str | None]:
+        """Return the replay of all that a compiled call runs: its graphs, and Python's ops between them.
+
+        Args:
+            reason: why the call cannot run past Dynamo.
+        """
+        try:
+            path = self._whole(compiled, backend.guards, backend.watched)
+        except PatchError as error:
+            same = error.message == reason
+            return None, reason if same else f"{reason}, and a replay of them all was not possible: {error.message}"
+        self.has_captured = True
+        return path, None
+
+    def _whole(
+        self, run_model: Callable[..., Any], guards: Sequence[WeightGuard] = (), watched: Watched = everywhere
+    ) -> FastPath:
+        """Return the replay of a call as Python runs it.
+
+        Args:
+            run_model: the model, or what computes the same.
+            guards: of derived weights that it reads.
+            watched: which of its ops a capture sees.
+        """
         arguments, first = self._arguments()
 
-        def call(given: Sequence[Any]) -> tuple[Any, list[Any], list[Change]]:
+        def call(run: Callable[..., Any], given: Sequence[Any]) -> tuple[Any, list[Any], list[Change]]:
             args, kwargs = arguments.rebuilt(given)
             own = arguments(args, kwargs)
             before = held(own)
-            return model(*args, **kwargs), own, changes(before, own)
+            return run(*args, **kwargs), own, changes(before, own)
 
         def run(given: Sequence[Any]) -> list[Tensor]:
-            result, _, changed = call(given)
+            result, _, changed = call(run_model, given)
             return flat(result, changed)
 
-        traced: list[tuple[Any, list[Any], list[Change]]] = []
         versions = self._liveness.versions()
         try:
-            with unchanged_attributes(self._liveness):
-                op = untracked_memory(lambda: traced.append(call(first)), first, self._liveness)
+            with torch.no_grad(), unchanged_attributes(self._liveness):
+                op = untracked_memory(lambda: call(self._workload.model, first), first, self._liveness)
+                self._state.restore()
+                result = Result(*call(run_model, first))
         finally:
             self._state.restore()
         if op is not None:
             raise PatchError(f"{op} reads a tensor that is neither an input nor a parameter, buffer or attribute")
         is_pure = not self._state.tensors and versions == self._liveness.versions()
-        ends = self._ends(arguments, first, Result(*traced.pop()))
-        return self._path("cuda_graph", self._graphed(run, first, ends), ends, (), is_pure=is_pure)
+        ends = self._ends(arguments, first, result)
+        return self._path("cuda_graph", self._graphed(run, first, ends, watched), ends, guards, is_pure=is_pure)
 
     def _arguments(self) -> tuple[Arguments, list[Any]]:
         args, kwargs = self._workload.args, self._workload.kwargs
@@ -129,14 +158,15 @@ class Paths:
             self._state.restore()
         return direct, not self._state.tensors and versions == self._liveness.versions()
 
-    def _graphed(self, run: Run, given: Sequence[Any], ends: Ends) -> GraphedCall:
+    def _graphed(self, run: Run, given: Sequence[Any], ends: Ends, watched: Watched = everywhere) -> GraphedCall:
         try:
             # As every call is made: a product that is launched after the graph writes to given memory, which autograd
             # refuses of weights that require gradients.
             with torch.no_grad():
                 return GraphedCall(
-                    run, given, self._liveness, self._strides, written=ends.written, restore=self._state.restore
-                )
+                    run, given, self._liveness, self._strides,
+                    written=ends.written, restore=self._state.restore, watched=watched,
+                )  # fmt: skip
         finally:
             self._state.restore()
 

@@ -15,7 +15,7 @@ from agnitra_lab.loop.rehearsal import Rehearsal
 from agnitra_lab.patch.candidates import Candidate
 from agnitra_lab.patch.ends import flat
 from agnitra_lab.patch.graphed import GraphedCall
-from agnitra_lab.patch.install import compile_mode, install
+from agnitra_lab.patch.install import capture_eager, compile_mode, install
 from agnitra_lab.patch.liveness import Liveness
 from agnitra_lab.patch.output_strides import OutputStrides
 from agnitra_lab.patch.rewrites import activation_gemm, residual_gemm
@@ -410,6 +410,60 @@ def test_a_call_that_ends_in_a_large_product_with_a_bias_is_one_cuda_graph():
     assert patch.is_whole, patch.log().refusals
     with torch.no_grad():
         check_close(patch.model(2 * x), model(2 * x))
+
+
+def test_ops_that_run_in_a_capture_alone_leave_nothing_of_the_call_out():
+    """The masks of transformers' models are made by other ops while a stream is captured."""
+
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 40_000)
+
+        def forward(self, x):
+            if torch.cuda.is_current_stream_capturing():
+                x = (x + 1) - 1
+            return self.last(torch.tanh(self.first(x)))
+
+    model = Asking().to("cuda", torch.bfloat16).eval()
+    x = x_of(512, WIDTH)
+    patch = capture_eager(Workload("asking", model, (x,)), "candidate")
+    with torch.no_grad():
+        for scale in (1, 2, 3):
+            check_close(patch.model(x * scale), model(x * scale))
+
+
+class Broken(nn.Module):
+    """Two towers with Python between them, and an op that no graph holds."""
+
+    def __init__(self, tower, num_columns: int) -> None:
+        super().__init__()
+        self.tower, self.logits = tower, nn.Linear(WIDTH, num_columns, dtype=torch.bfloat16, device="cuda")
+
+    def forward(self, x):
+        first = self.tower(x)
+        torch._dynamo.graph_break()
+        second = self.tower(first)
+        torch._dynamo.graph_break()
+        return {"states": (first, second), "logits": self.logits(second)}
+
+
+@pytest.mark.parametrize("num_columns", [64, 40_000], ids=["small", "a large last product"])
+def test_graphs_with_python_between_them_are_one_cuda_graph_of_ours(tower, num_columns):
+    model, x = Broken(tower, num_columns).eval(), x_of(8, 64, WIDTH)
+    actions = ["qkv_concat", "gate_up_concat", "cuda_graph"]
+    patch = install(Workload("broken", model, (x,)), actions, name="candidate")
+    assert patch.log().num_graphs == 3 and patch.is_whole, patch.log().refusals
+    assert patch.model.__dict__["_agnitra_fast"].name == "cuda_graph"
+    with torch.no_grad():
+        kept = [(scale, patch.model(x * scale)) for scale in (1, 2, 3, 4)]
+        for scale, found in kept:
+            expected = model(x * scale)
+            check_close(found["logits"], expected["logits"])
+            check_close(found["states"][0], expected["states"][0])
+        # A derived weight follows, and so does the graph.
+        tower.layers[0].query.weight.mul_(1.5)
+        check_close(patch.model(x)["logits"], model(x)["logits"])
 
 
 class Layer:

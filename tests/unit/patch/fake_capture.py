@@ -26,7 +26,7 @@ class Replay(Segments):
 def install(monkeypatch) -> None:
     """Let `GraphedCall` capture on a CPU, and lend results from 64 bytes on."""
 
-    def capture(call, *, has_tail):
+    def capture(call, has_tail, watched):
         outputs, of = call(), call.__self__
         # A replay puts nothing back.
         return Replay(lambda: of._call(of._given), outputs), outputs

@@ -142,6 +142,17 @@ def test_a_hook_that_was_there_before_still_changes_the_result(patched):
         assert torch.allclose(patch.model(X), model(X), atol=1e-6)
 
 
+def test_a_hook_that_was_there_before_runs_at_each_call(patched):
+    model, seen = build(GatedMLP), []
+    model.up.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    patch = patched(model, "gate_up_concat", X)
+    seen.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            patch.model(X)
+    assert len(seen) == 3
+
+
 def test_keyword_and_container_arguments_are_compared(patched):
     class Pair(GatedMLP):
         def forward(self, pair, *, scale):
