@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -34,21 +34,21 @@ class KernelBook:
         self,
         tuned: Mapping[Site, KernelConfig] | None = None,
         *,
-        refused: Collection[Site] = (),
+        refused: Mapping[Site, str] | None = None,
         is_survey: bool = False,
     ) -> None:
         """Make a book.
 
         Args:
             tuned: configs that were found.
-            refused: sites that get no kernel, because what was tried there failed.
+            refused: sites that get no kernel, with why: what was tried there failed, or the library is faster.
             is_survey: only record what is asked for, and have no kernel to give.
         """
         self.tuned = dict(tuned or {})
         self.sites: Counter[Site] = Counter()
         self.find: Callable[[Site], KernelConfig | None] | None = None
         self._is_survey = is_survey
-        self._refused = set(refused)
+        self._refused = dict(refused or {})
         self._rendered: dict[str, Kernel] = {}
 
     def __call__(self, template: str, shape: tuple[int, ...], dtype: str) -> Kernel | None:
@@ -64,13 +64,17 @@ class KernelBook:
         if self.find is not None and site not in self.tuned:
             found = self.find(site)
             if found is None:
-                self._refused.add(site)
+                self._refused[site] = "what was tried there failed, or the library is faster"
                 return None
             config = self.tuned[site] = found
         key = config.key()
         if key not in self._rendered:
             self._rendered[key] = render(config)
         return self._rendered[key]
+
+    def why_not(self, template: str, shape: tuple[int, ...], dtype: str) -> str | None:
+        """Return why a site gets no kernel, None where that is not known."""
+        return self._refused.get(Site(template, tuple(shape), dtype.removeprefix("torch.")))
 
     @property
     def kernels(self) -> list[Kernel]:

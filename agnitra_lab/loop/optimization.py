@@ -92,7 +92,7 @@ class Optimization:
         self.searches: list[SearchResult] = []
         self.kernels = templates.KernelBook()
         self.tuned: Mapping[Site, KernelConfig] = {}
-        self.refused: Collection[Site] = ()
+        self.refused: Mapping[Site, str] = {}
         self.ledgers: Mapping[Site, bytes] = {}
         self.lab = KernelLab(self.device) if self.device.type == "cuda" and settings.sampler is not None else None
         self.surveyed = SiteSurvey()

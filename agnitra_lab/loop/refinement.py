@@ -34,6 +34,7 @@ _LEAST_SEARCH_S = 1.0
 # A kernel that takes in a norm, an activation or a sum spares at least one launch, so it may take that much longer than
 # the library alone. Products of 2 to 16 rows took up to three times as long where nobody had compared.
 _LAUNCH_MS = 0.0015
+_OUTDONE_EARLIER = "the library was faster in an earlier run"
 # Share of that which the configs of a language model may take.
 _ADVICE_SHARE = 0.5
 
@@ -51,7 +52,7 @@ class Refinement:
 
     Attributes:
         tuned: site -> the config to use there; sites that nobody searched are not in it.
-        refused: sites where every config that was tried failed, or the library is faster; their ops stay.
+        refused: sites whose ops stay, and why: every config that was tried failed, or the library is faster.
         ledgers: site -> the ledger of its search, for the run's files.
         found_late: the searches of `find`.
     """
@@ -73,7 +74,7 @@ class Refinement:
         self._on_trial = on_trial
         self._is_measured = lab is not None and why_no_kernels() is None
         self.tuned: dict[Site, KernelConfig] = {}
-        self.refused: set[Site] = set()
+        self.refused: dict[Site, str] = {}
         self.ledgers: dict[Site, bytes] = {}
         self.found_late: list[SearchResult] = []
         self._once: set[Site] = set()
@@ -103,8 +104,8 @@ class Refinement:
         for site in sites:
             known = self._earlier(site)
             if self._is_outdone(site, known):
-                self.refused.add(site)
-                notes.append(f"{site.key()}: the library was faster in an earlier run")
+                self.refused[site] = _OUTDONE_EARLIER
+                notes.append(f"{site.key()}: {_OUTDONE_EARLIER}")
                 continue
             if known is not None:
                 self.tuned[site] = known
@@ -137,7 +138,7 @@ class Refinement:
         self._once.add(site)
         known = self._earlier(site)
         if self._is_outdone(site, known):
-            self.refused.add(site)
+            self.refused[site] = _OUTDONE_EARLIER
         elif known is not None:
             self.tuned[site] = known
         elif self._is_measured:
@@ -189,7 +190,7 @@ class Refinement:
         try:
             result = self._search(site, budget_s, num_trials)
         except SearchError as error:
-            self.refused.add(site)
+            self.refused[site] = error.message
             return None, f"{site.key()}: {error.message}"
         if result is None:
             return None, f"{site.template}: no measurements for this device"
@@ -199,8 +200,8 @@ class Refinement:
         found_at = Site(result.space_template, result.shape, result.dtype)
         library_ms = self._library_ms(site)
         is_outdone = library_ms is not None and best.latency_ms > library_ms + _LAUNCH_MS
-        if is_outdone:
-            self.refused.add(site)
+        if library_ms is not None and is_outdone:
+            self.refused[site] = f"it takes {best.latency_ms * 1e3:.1f} us, the library {library_ms * 1e3:.1f}"
         else:
             self.tuned[found_at] = best.config
         if self._known is not None:

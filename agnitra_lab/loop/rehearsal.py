@@ -7,7 +7,7 @@ memory of a second model and a second trace, so it is asked for (`Settings.is_is
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Part:
     file: Path
     candidate: Candidate
     tuned: Mapping[Site, KernelConfig] | None
-    refused: Collection[Site]
+    refused: Mapping[Site, str]
     timing_s: float
     peaks: DevicePeaks | None
     turns_file: Path | None
@@ -80,7 +80,7 @@ class Rehearsal:
         self,
         workload: Workload,
         tuned: Mapping[Site, KernelConfig] | None,
-        refused: Collection[Site],
+        refused: Mapping[Site, str],
         *,
         timing_s: float,
         peaks: DevicePeaks | None,
@@ -101,9 +101,7 @@ class Rehearsal:
 
     def __call__(self, candidate: Candidate) -> Rehearsed:
         """Build and judge one candidate there; whatever happens, the process for the next one is ready."""
-        part = Part(
-            self._file, candidate, self._tuned, tuple(self._refused), self._timing_s, self._peaks, shared_file()
-        )
+        part = Part(self._file, candidate, self._tuned, dict(self._refused), self._timing_s, self._peaks, shared_file())
         outcome = self._worker.run(self._job, (part,), name=candidate.name, deadline_s=self.deadline_s)
         if outcome.status == "ok" and isinstance(outcome.value, Rehearsed):
             return outcome.value

@@ -79,7 +79,9 @@ class RewriteContext:
         name = str(dtype).removeprefix("torch.")
         kernel = self._kernels(template, numbers, name) if self._kernels is not None else None
         if kernel is None:
-            self.refuse(template, f"no {template} kernel was given for the shape {numbers} and {name}")
+            why = getattr(self._kernels, "why_not", lambda *site: None)(template, numbers, name)
+            reason = f"no {template} kernel was given for the shape {numbers} and {name}"
+            self.refuse(template, reason if why is None else f"{reason}: {why}")
         return kernel
 
     def real_tensor(self, node: Any) -> Tensor | None:

@@ -141,7 +141,9 @@ def untracked_memory(call: Callable[[], Any], given: Sequence[Any], liveness: Li
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             read = [value for value in _pytree.tree_leaves((args, kwargs or {})) if _is_on_cuda(value)]
-            if any(value.numel() and value.untyped_storage().data_ptr() not in known for value in read):
+            # What `torch.tensor` makes of numbers arrives by this op, and is new memory.
+            is_new = func is torch.ops.aten.lift_fresh.default
+            if not is_new and any(value.numel() and value.untyped_storage().data_ptr() not in known for value in read):
                 found.append(str(func))
             result = func(*args, **(kwargs or {}))
             for value in _pytree.tree_leaves(result):

@@ -43,6 +43,7 @@ def split_gemm_formula(
     bias: Tensor | None = None,
     b_exponent: Tensor | None = None,
     activation: str = "none",
+    most_chunk: int = 128,
 ) -> Any:
     """What the template computes; a weight comes in parts of itself and of nothing."""
     if b is None:
@@ -56,8 +57,9 @@ def split_gemm_formula(
 def everything_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small products through, so that spellings can be tried on small tensors."""
     monkeypatch.setitem(__import__("test_rewrites").KERNELS, "split_gemm", kernel("split_gemm", split_gemm_formula))
-    for name in ("_LEAST_SIDE", "_LEAST_VOLUME", "_LEAST_GAIN", "_LEAST_CHAIN"):
+    for name in ("_LEAST_SIDE", "_LEAST_VOLUME", "_LEAST_GAIN"):
         monkeypatch.setattr(split_gemm, name, 0)
+    monkeypatch.setattr(split_gemm, "_sgemm_error", lambda product: 1.0)
 
 
 PRODUCTS: dict[str, tuple[Any, bool]] = {
@@ -170,10 +172,11 @@ def test_where_tf32_is_allowed_products_keep_their_ops():
 @pytest.mark.parametrize(
     ("because", "sizes"),
     [
-        ("short chains", (13, 13, 13)),
+        ("too short a side", (13, 13, 13)),
+        ("too short a side", (16, 65536, 512)),
+        ("too short a side", (4096, 4096, 32)),
         ("short chains", (512, 768, 1024)),
-        ("short chains", (1024, 1024, 1024)),
-        ("not bound by arithmetic", (16, 65536, 512)),
+        ("not bound by arithmetic", (2048, 4096, 64)),
     ],
 )
 def test_a_product_that_is_too_small_keeps_its_op(because, sizes):
@@ -199,6 +202,7 @@ def refusals_of(function: Any, *args: Tensor) -> list[Any]:
         ((1, 4096, 4096, 4096), False, True),
         ((1, 1024, 1024, 1024), True, True),
         ((1, 2048, 8192, 64), False, False),
+        ((1, 16384, 16384, 64), False, True),
         ((1, 16, 4096, 4096), True, False),
         ((1, 256, 256, 256), True, False),
         ((16, 2048, 2048, 512), False, True),
@@ -209,6 +213,20 @@ def test_the_roofline_says_what_gains(sizes, can_keep_b, gains):
     node: Any = None
     product = MatMul(node, node, node, None, True, *sizes)
     assert (split_gemm.estimated_gain(product, can_keep_b=can_keep_b) > split_gemm._LEAST_GAIN) is gains
+
+
+@pytest.mark.parametrize(
+    ("error", "num_k", "expected"),
+    [(1e-6, 4096, 128), (3e-7, 1024, 64), (1.95e-7, 256, 64), (1.38e-7, 128, 32), (9.7e-8, 64, 32), (6.9e-8, 32, None),
+     (1.0e-7, 8192, None)],
+)  # fmt: skip
+def test_chunks_are_as_long_as_the_error_of_sgemm_allows(
+    monkeypatch: pytest.MonkeyPatch, error: float, num_k: int, expected: int | None
+) -> None:
+    """Errors of sums of one sign on an H200; the last is that of a sum of 8192 which SGEMM splits."""
+    monkeypatch.setattr(split_gemm, "_sgemm_error", lambda product: error)
+    node: Any = None
+    assert split_gemm._most_chunk(MatMul(node, node, node, None, True, 1, 512, 512, num_k)) == expected
 
 
 # --- last_token_head -------------------------------------------------------------------------------------------------

@@ -441,7 +441,8 @@ class Broken(nn.Module):
         self.tower, self.logits = tower, nn.Linear(WIDTH, num_columns, dtype=torch.bfloat16, device="cuda")
 
     def forward(self, x):
-        first = self.tower(x)
+        # A tensor of a number is new memory, in a graph or out of it.
+        first = self.tower(x) * torch.tensor(0.5, device=x.device, dtype=x.dtype)
         torch._dynamo.graph_break()
         second = self.tower(first)
         torch._dynamo.graph_break()

@@ -7,8 +7,10 @@ products of exact terms. Three things keep the error at that of SGEMM or under i
   whatever its magnitude;
 - tensor cores cut off what does not fit their accumulator instead of rounding, a bias that grows with the number of
   additions: a_hi b_hi leaves it every K_CHUNK of K and is added, rounded, in registers. Simulated mean error against
-  SGEMM's at K_CHUNK 64: 0.6 at K = 256, 0.2 at 4096; at K_CHUNK 512 it is 1.6 to 2.0 at K = 1024. On an H100 it is
-  0.54 at K = 256 and 0.19 at 4096, and what is left of the bias is 2e-7 for sums of one sign, whatever K;
+  SGEMM's at K_CHUNK 64: 0.6 at K = 256, 0.2 at 4096; at K_CHUNK 512 it is 1.6 to 2.0 at K = 1024. On an H200 it is
+  0.54 at K = 256 and 0.19 at 4096. What is left of the bias is 2.0e-7 for sums of one sign, whatever K, and 0.9e-7 at
+  K_CHUNK 32, where SGEMM's error is 1.23e-8 sqrt(K): shorter sums, and those that SGEMM splits, take chunks of 32
+  (`most_chunk`);
 - infinities and NaNs pass through a_hi b_hi alone, and meet there what they meet in SGEMM.
 
 The product reads the parts through tensor descriptors (TMA on Hopper), which fill in zeros past the edges.
@@ -199,6 +201,7 @@ def launch(
     bias: torch.Tensor | None = None,
     b_exponent: torch.Tensor | None = None,
     activation: str = "none",
+    most_chunk: int = 128,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Run the product with one config, or, without `b`, split a weight once for many products.
 
@@ -212,6 +215,7 @@ def launch(
         bias: fp32, [N], added before the activation.
         b_exponent: the exponents that belong to the parts of `b`.
         activation: one of ACTIVATIONS, applied to the result.
+        most_chunk: of K between two additions outside the MMA, whatever the config says.
 
     Returns:
         activation(a @ b + bias), fp32, contiguous; or (parts, exponents) of the weight.
@@ -231,6 +235,7 @@ def launch(
     if b_exponent is None:
         b, b_exponent = split_fp16(b.reshape(-1, *b.shape[-2:]).transpose(1, 2))
     a_parts, a_exponent = split_fp16(a_BMK)
+    params = params | {name: min(params[name], most_chunk) for name in ("BLOCK_K", "K_CHUNK")}
     out = torch.ops.agnitra.split_gemm(
         a_parts,
         a_exponent,
@@ -264,9 +269,9 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
             block_m * block_n == 2048 * point["num_warps"]
             and block_m * point["num_warps"] >= 64 * 4
             and 4 * (block_m + block_n) * block_k * point["num_stages"] <= _SHARED_MEMORY_BYTES - 1024
-            and point["K_CHUNK"] >= block_k
-            # Longer chunks add up more bias than SGEMM has error where K is short.
-            and (point["K_CHUNK"] == 64 or num_k >= 2048)
+            and block_k <= point["K_CHUNK"] <= _longest_chunk(num_k)
+            # Where 64 will do, 32 is a fifth slower at 4096^3.
+            and (point["K_CHUNK"] >= 64 or num_k < 256)
         )
 
     found = enumerate_space(
@@ -277,7 +282,7 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
             "BLOCK_M": (64, 128),
             "BLOCK_N": (64, 128, 256),
             "BLOCK_K": (32, 64),
-            "K_CHUNK": (64, 128),
+            "K_CHUNK": (32, 64, 128),
             "GROUP_M": (4, 8),
             "num_warps": (4, 8),
             "num_stages": (2, 3, 4, 5, 6),
@@ -291,16 +296,22 @@ def space(shape: tuple[int, ...], dtype: str) -> SearchSpace:
     return found
 
 
+def _longest_chunk(num_k: int) -> int:
+    """Return the K_CHUNK from which on there is more bias than SGEMM has error: its one chain of K is too short."""
+    return next(chunk for chunk, least_k in ((128, 2048), (64, 256), (32, 0)) if num_k >= least_k)
+
+
 def default(shape: tuple[int, ...], dtype: str) -> dict[str, int]:
     """Blocks of 128 x 128 where there are enough of them for the 132 multiprocessors of a Hopper GPU."""
-    num_batches, num_m, num_n, _ = shape
+    num_batches, num_m, num_n, num_k = shape
+    chunk = min(_longest_chunk(num_k), 64)
     num_blocks = num_batches * ((num_m + 127) // 128) * ((num_n + 127) // 128)
     is_large = num_blocks >= 100
     return {
         "BLOCK_M": 128 if is_large else 64,
         "BLOCK_N": 128,
-        "BLOCK_K": 64,
-        "K_CHUNK": 64,
+        "BLOCK_K": chunk,
+        "K_CHUNK": chunk,
         "GROUP_M": 8,
         "num_warps": 8 if is_large else 4,
         "num_stages": 3 if is_large else 4,

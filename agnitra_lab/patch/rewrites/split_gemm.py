@@ -5,13 +5,14 @@ and the passes that split the operands cost less than SGEMM by a roofline estima
 after it becomes part of the kernel. A weight that is a Parameter is split once, ahead of the calls.
 Algebra: a = a1 + a2 and b = b1 + b2 in fp16 parts, a * b = a1 b1 + a1 b2 + a2 b1 up to 2^-22 (the template `split_gemm`
 says how its error is kept down).
-Guard: torch asks for full fp32 products (allow_tf32 off, precision "highest"); operands and result are fp32; SGEMM's
-own chain of additions is long enough for its error to be above the bias that is left in ours.
+Guard: torch asks for full fp32 products (allow_tf32 off, precision "highest"); operands and result are fp32; the error
+of SGEMM for sums of one sign, measured where it may split its chain of additions, is no less than what is left in ours.
 Source: Ootomo and Yokota, arXiv 2203.03341, section 4.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,12 +34,23 @@ _SPLIT_FLOP_PER_S = 225e12
 _BYTES_PER_S = 2.7e12
 _LAUNCH_S = 3e-6
 _NUM_MULTIPROCESSORS = 132
-_K_LOST = 128
-"""Rates of one H100, measured at 4096 x 4096 x 4096 and 1024 x 1024 x 4096 (tests/benchmarks/split_gemm.py)."""
-_LEAST_CHAIN = 256
-"""K from which the tensor cores' bias, 2e-7 for values of one sign, is no more than the error of SGEMM's one chain."""
+_K_LOST, _SGEMM_K_LOST = 192, 32
+"""Rates of one H100, measured at 4096 x 4096 x 4096 and 1024 x 1024 x 4096 (tests/benchmarks/split_gemm.py); what short
+sums lose of them, on one H200 at K from 64 to 1024."""
+_CHAIN_ERROR = 1.23e-8
+"""Of SGEMM for values of one sign, times the root of K: mean, relative; 64 to 4096, one H200."""
+_OUR_ERRORS = ((128, 4.2e-7, 8e-10), (64, 2.0e-7, 8e-10), (32, 8.5e-8, 2.1e-9))
+"""K_CHUNK, the bias that is left of it, and what the root of K is multiplied with for the additions outside."""
+_MOST_ERROR_RATIO = 1.15
+"""Of ours to SGEMM's: the check of a candidate refuses 1.25 times eager's."""
+_FEW_BLOCKS = 4 * _NUM_MULTIPROCESSORS
+"""Of 128 x 128. A product of fewer may be split by SGEMM, and takes a moment to ask."""
+_MOST_ASKED_VALUES = 2**28
+_CHUNK_32_RATE = 0.83
 _LEAST_GAIN = 1.2
 _LEAST_SIDE = 128
+_LEAST_K = 48
+"""Where K alone is short, the result is what moves, and SGEMM takes three times as long as its writes."""
 _LEAST_VOLUME = 2**27
 
 
@@ -79,10 +91,13 @@ def _why_not(product: MatMul, context: RewriteContext) -> str | None:
     if result is None or not result.is_contiguous() or (bias is not None and not bias.is_contiguous()):
         return "the result or the bias is not contiguous"
     sizes = (product.num_m, product.num_n, product.num_k)
-    gain = estimated_gain(product, can_keep_b=_can_keep(product.b, context))
-    if product.num_k < _LEAST_CHAIN * _sgemm_splits(product) ** 2:
+    if min(sizes) < _LEAST_SIDE and not (product.num_k == min(sizes) and product.num_k >= _LEAST_K):
+        return f"a product of {product.num_batches} x {sizes} has too short a side"
+    most_chunk = _most_chunk(product)
+    if most_chunk is None:
         return f"for {product.num_batches} x {sizes} SGEMM adds in so short chains that its error may be under ours"
-    if min(sizes) < _LEAST_SIDE or math.prod(sizes) * product.num_batches < _LEAST_VOLUME or gain < _LEAST_GAIN:
+    gain = estimated_gain(product, can_keep_b=_can_keep(product.b, context), most_chunk=most_chunk)
+    if math.prod(sizes) * product.num_batches < _LEAST_VOLUME or gain < _LEAST_GAIN:
         return f"a product of {product.num_batches} x {sizes} is not bound by arithmetic enough to gain"
     return None
 
@@ -95,56 +110,93 @@ def _is_full_precision() -> bool:
         return False
 
 
-def _sgemm_splits(product: MatMul) -> float:
-    """Return into how many sums SGEMM may split K to fill the GPU, on the safe side: its error falls as much.
+def _most_chunk(product: MatMul) -> int | None:
+    """Return the longest K_CHUNK whose error is no more than SGEMM's; None where none of them has so little."""
+    allowed = _MOST_ERROR_RATIO * _sgemm_error(product)
+    for chunk, bias, growth in _OUR_ERRORS:
+        if allowed >= math.hypot(bias, growth * math.sqrt(product.num_k)):
+            return chunk
+    return None
 
-    Measured on an H100 with values of one sign: 7 at 512 x 768 x 1024, 11 at 512 x 768 x 8192.
-    """
-    blocks = product.num_batches * math.ceil(product.num_m / 128) * math.ceil(product.num_n / 128)
-    return max(1.0, 1.5 * _NUM_MULTIPROCESSORS / blocks)
+
+def _sgemm_error(product: MatMul) -> float:
+    """Return SGEMM's mean error for values of one sign, as a share of the result."""
+    blocks = _num_blocks(product, 128, 128)
+    fake = fake_of(product.a)
+    sides = (product.num_m * product.num_k, product.num_n * product.num_k, product.num_m * product.num_n)
+    is_small = product.num_batches * max(sides) <= _MOST_ASKED_VALUES
+    if fake is not None and fake.device.type == "cuda" and blocks <= _FEW_BLOCKS and is_small:
+        return _asked_error(product.num_batches, *product.shape, product.is_b_transposed, fake.device)
+    # Into how many sums it may split K to fill the GPU, on the safe side: its error falls as much. Measured on an H100:
+    # 7 at 512 x 768 x 1024, 11 at 512 x 768 x 8192.
+    splits = max(1.0, 1.5 * _NUM_MULTIPROCESSORS / blocks)
+    return _CHAIN_ERROR * math.sqrt(product.num_k) / splits
 
 
-def estimated_gain(product: MatMul, *, can_keep_b: bool) -> float:
+@functools.lru_cache(maxsize=256)
+def _asked_error(
+    num_batches: int, num_m: int, num_n: int, num_k: int, is_b_transposed: bool, device: torch.device
+) -> float:
+    draw = functools.partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
+    a = draw(num_batches, num_m, num_k).abs_()
+    b = draw(num_batches, num_n, num_k).mT.abs_() if is_b_transposed else draw(num_batches, num_k, num_n).abs_()
+    if num_batches == 1:
+        a, b = a[0], b[0]
+    found = (a @ b)[..., :64, :64].double()
+    expected = a[..., :64, :].double() @ b[..., :64].double()
+    return float((found - expected).abs().mean() / expected.mean())
+
+
+def _num_blocks(product: MatMul, block_m: int, block_n: int) -> int:
+    return product.num_batches * math.ceil(product.num_m / block_m) * math.ceil(product.num_n / block_n)
+
+
+def estimated_gain(product: MatMul, *, can_keep_b: bool, most_chunk: int = 128) -> float:
     """Return SGEMM's time over ours, by the rates of one H100.
 
     Args:
         product: the sizes.
         can_keep_b: B is split once, not at each call.
+        most_chunk: of the kernel.
     """
     batches, m, n, k = product.num_batches, product.num_m, product.num_n, product.num_k
     flops = 2 * batches * m * n * k
     rate = _SPLIT_FLOP_PER_S * max(_share_busy(product, 128, 128), 0.85 * _share_busy(product, 64, 128))
     # A block fills its pipeline and writes its result while the tensor cores wait.
-    rate *= k / (k + _K_LOST)
+    rate *= k / (k + _K_LOST) * (1.0 if most_chunk > 32 else _CHUNK_32_RATE)
     values = m * k + (0 if can_keep_b else n * k)
     # Splitting reads a value once or twice and writes two halves of it.
     split_s = batches * values * 12 / _BYTES_PER_S
     num_launches = 2 if can_keep_b else 4
     ours_s = max(flops / rate, 4 * batches * (m * n + m * k + n * k) / _BYTES_PER_S) + split_s
-    return flops / _SGEMM_FLOP_PER_S / (ours_s + num_launches * _LAUNCH_S)
+    sgemm_s = flops / (_SGEMM_FLOP_PER_S * k / (k + _SGEMM_K_LOST))
+    return sgemm_s / (ours_s + num_launches * _LAUNCH_S)
 
 
 def _share_busy(product: MatMul, block_m: int, block_n: int) -> float:
     """Return the share of the multiprocessors' time that is spent on elements of the result."""
-    blocks = product.num_batches * math.ceil(product.num_m / block_m) * math.ceil(product.num_n / block_n)
-    waves = math.ceil(blocks / _NUM_MULTIPROCESSORS)
+    waves = math.ceil(_num_blocks(product, block_m, block_n) / _NUM_MULTIPROCESSORS)
     covered = waves * _NUM_MULTIPROCESSORS * block_m * block_n
     return product.num_batches * product.num_m * product.num_n / covered
 
 
 def _replace(product: MatMul, shape: tuple[int, ...], kernel: Kernel, context: RewriteContext) -> PatchDescriptor:
     activation, last = _activation_after(product.node)
+    most_chunk = _most_chunk(product)
+    assert most_chunk is not None
     gone = [product.node] if last is product.node else [product.node, last]
     is_kept = _can_keep(product.b, context)
     config: dict[str, JsonValue] = {
         "kernel": kernel.config.key(),
         "shape": list(shape),
         "activation": activation,
+        "most_chunk": most_chunk,
         "is_weight_split_before": is_kept,
     }
     descriptor = context.describe(ACTION, product.node, gone, f"kernel {kernel.name}", config, kernel.content_hash)
     b, exponent = _right_operand(product, is_kept, kernel, context)
-    call = context.call(product.node, kernel.call, product.a, b, product.bias, exponent, activation=activation)
+    options: dict[str, Any] = {"activation": activation} | ({"most_chunk": most_chunk} if most_chunk < 128 else {})
+    call = context.call(product.node, kernel.call, product.a, b, product.bias, exponent, **options)
     call.meta["example_value"] = fake_of(last)
     last.replace_all_uses_with(call)
     erase_unused(gone)

@@ -55,9 +55,11 @@ def test_a_survey_counts_the_sites_and_gives_no_kernel() -> None:
 
 
 def test_a_site_where_all_that_was_tried_failed_gets_no_kernel() -> None:
-    book = KernelBook(refused={SITE})
+    book = KernelBook(refused={SITE: "every config failed"})
     assert ask(book) is None
     assert ask(book, Site("rms_norm", (8, 64), "bfloat16")) is not None
+    assert book.why_not(SITE.template, SITE.shape, f"torch.{SITE.dtype}") == "every config failed"
+    assert book.why_not("rms_norm", (8, 64), "bfloat16") is None
 
 
 def test_a_site_that_nobody_has_tuned_is_asked_about_once_and_keeps_the_answer() -> None:
@@ -71,7 +73,7 @@ def test_a_site_that_nobody_has_tuned_is_asked_about_once_and_keeps_the_answer()
 
 def test_a_site_for_which_nothing_is_found_gets_no_kernel_and_is_not_asked_about_again() -> None:
     asked: list[Site] = []
-    book = KernelBook(refused={Site("rms_norm", (8, 64), "bfloat16")})
+    book = KernelBook(refused={Site("rms_norm", (8, 64), "bfloat16"): "every config failed"})
     book.find = asked.append
     assert [ask(book), ask(book), ask(book, Site("rms_norm", (8, 64), "bfloat16"))] == [None, None, None]
     assert asked == [SITE]

@@ -386,8 +386,8 @@ def test_split_gemm_takes_fp32_products_of_four_sizes() -> None:
         template.space((1, 256, 256, 256), "bfloat16")
     with pytest.raises(TemplateError, match="four numbers"):
         template.space((256, 256, 256), "float32")
-    short, long = (template.space((1, 256, 256, num_k), "float32") for num_k in (1024, 4096))
-    assert (short.params["K_CHUNK"], long.params["K_CHUNK"]) == ((64,), (64, 128))
+    spaces = [template.space((1, 256, 256, num_k), "float32") for num_k in (64, 1024, 4096)]
+    assert [space.params["K_CHUNK"] for space in spaces] == [(32,), (64,), (64, 128)]
 
 
 def test_supports_says_why_split_gemm_cannot_take_a_call() -> None:
