@@ -226,7 +226,46 @@ def test_chunks_are_as_long_as_the_error_of_sgemm_allows(
     """Errors of sums of one sign on an H200; the last is that of a sum of 8192 which SGEMM splits."""
     monkeypatch.setattr(split_gemm, "_sgemm_error", lambda product: error)
     node: Any = None
-    assert split_gemm._most_chunk(MatMul(node, node, node, None, True, 1, 512, 512, num_k)) == expected
+    product = MatMul(node, node, node, None, True, 1, 512, 512, num_k)
+    assert split_gemm._most_chunk(product, product) == expected
+
+
+def parts_of(num_m: int, num_n: int, num_k: int, *, can_keep_b: bool = False) -> tuple[int, int]:
+    with torch.device("meta"):
+        graph = torch.fx.Graph()
+        a = graph.placeholder("a")
+        a.meta["example_value"] = torch.empty(num_m, num_k)
+    part = split_gemm._part_of(MatMul(a, a, a, None, False, 1, num_m, num_n, num_k), can_keep_b=can_keep_b)
+    return part.num_batches, part.num_k
+
+
+def test_long_sums_with_few_blocks_of_a_result_are_cut_into_as_many_as_fill_the_gpu_twice() -> None:
+    assert parts_of(256, 256, 524_288) == (64, 8192)
+    assert parts_of(1024, 1024, 65_536) == (4, 16_384)
+    assert parts_of(512, 768, 8192) == (8, 1024)
+    assert parts_of(512, 768, 8192, can_keep_b=True) == (1, 8192)
+    assert parts_of(256, 256, 524_288 + 8) == (1, 524_296)
+    assert parts_of(4096, 4096, 65_536) == (1, 65_536)
+
+
+@pytest.mark.usefixtures("everything_gains")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, a, b: a @ b,
+        lambda m, a, b: torch.relu(torch.addmm(m.biased.bias[:5], a, b)),
+        lambda m, a, b: torch.matmul(a, b.t().contiguous().t()),
+        lambda m, a, b: torch.matmul(a.t().contiguous().t(), b) * 2,
+        lambda m, a, b: functional.linear(a, b.t().contiguous()),
+    ],
+    ids=["matmul", "with bias and activation", "right operand turned", "left operand turned", "linear"],
+)
+def test_a_sum_of_parts_is_the_product(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
+    monkeypatch.setattr(split_gemm, "_LEAST_PART", 16)
+    (descriptor,) = check_applied(
+        "split_gemm", Products(function), x_of(3, 1024), x_of(1024, 5, seed=3), rtol=1e-4
+    ).descriptors
+    assert descriptor.config["shape"] == [64, 3, 5, 16]
 
 
 # --- last_token_head -------------------------------------------------------------------------------------------------

@@ -65,6 +65,36 @@ def test_the_error_is_that_of_sgemm_where_its_blocks_fill_the_gpu(kind, num_k, r
     check_error(a, b)
 
 
+@pytest.mark.parametrize("num_k", [64, 128])
+@pytest.mark.parametrize("kind", ["normal", "positive"])
+def test_sums_too_short_for_long_chunks_have_the_error_of_sgemm(kind, num_k) -> None:
+    a, b = random(4096, num_k), random(num_k, 4096)
+    check_error(*((a, b) if kind == "normal" else (a.abs(), b.abs())))
+
+
+class Product(torch.nn.Module):
+    def forward(self, a, b):
+        return a @ b
+
+
+@pytest.mark.parametrize(
+    "sizes", [(4096, 4096, 64), (2048, 1664, 4096), (1024, 1024, 65536), (512, 768, 8192)], ids=str
+)
+@pytest.mark.parametrize("kind", ["normal", "positive"])
+def test_what_the_rewrite_makes_of_short_and_long_sums_has_the_error_of_sgemm(sizes, kind) -> None:
+    num_m, num_n, num_k = sizes
+    a, b = random(num_m, num_k), random(num_k, num_n)
+    if kind == "positive":
+        a, b = a.abs(), b.abs()
+    workload = Workload("product", Product().eval(), (a, b))
+    patch = install(workload, ["split_gemm"], name="candidate", kernels=KernelBook())
+    if not patch.log().descriptors:
+        pytest.skip(str(patch.log().refusals[0].reason))
+    expected = a.double() @ b.double()
+    ours, theirs = errors(patch.model(a, b), expected), errors(a @ b, expected)
+    assert ours[0] <= 1.25 * theirs[0], (ours, theirs, patch.log().descriptors[0].config)
+
+
 @pytest.mark.parametrize("sizes", [(4096, 4096, 4096), (1000, 3001, 2053), (129, 257, 515), (1, 1, 1), (33, 65, 17)])
 def test_sizes_that_are_odd_or_large(sizes) -> None:
     num_m, num_n, num_k = sizes

@@ -2,7 +2,8 @@
 
 Trigger: linear, matmul, `@`, mm, bmm, addmm or einsum of two fp32 tensors, large enough that three tensor-core products
 and the passes that split the operands cost less than SGEMM by a roofline estimate; relu, sigmoid, silu or gelu right
-after it becomes part of the kernel. A weight that is a Parameter is split once, ahead of the calls.
+after it becomes part of the kernel. A weight that is a Parameter is split once, ahead of the calls. A long sum with a
+small result is a batch of shorter ones, which fill the GPU, and their sum.
 Algebra: a = a1 + a2 and b = b1 + b2 in fp16 parts, a * b = a1 b1 + a1 b2 + a2 b1 up to 2^-22 (the template `split_gemm`
 says how its error is kept down).
 Guard: torch asks for full fp32 products (allow_tf32 off, precision "highest"); operands and result are fp32; the error
@@ -12,6 +13,7 @@ Source: Ootomo and Yokota, arXiv 2203.03341, section 4.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -48,6 +50,9 @@ _FEW_BLOCKS = 4 * _NUM_MULTIPROCESSORS
 _MOST_ASKED_VALUES = 2**28
 _CHUNK_32_RATE = 0.83
 _LEAST_GAIN = 1.2
+_ONE_BLOCK_K = 8192
+_LEAST_PART = 1024
+"""Of K. Parts of 2048 to 16384 were measured."""
 _LEAST_SIDE = 128
 _LEAST_K = 48
 """Where K alone is short, the result is what moves, and SGEMM takes three times as long as its writes."""
@@ -70,18 +75,35 @@ def apply(
         # Again, because the kernel of the one before may have taken the activation that this one reads.
         product = match_product(found.node)
         assert product is not None
-        problem = _why_not(product, context)
+        part = _part_of(product, can_keep_b=_can_keep(product.b, context))
+        problem = _why_not(product, part, context)
         if problem:
             context.refuse(ACTION, problem)
             continue
-        shape = (product.num_batches, product.num_m, product.num_n, product.num_k)
+        shape = (part.num_batches, part.num_m, part.num_n, part.num_k)
         kernel = context.kernel(ACTION, shape, torch.float32)
         if kernel is not None:
-            descriptors.append(_replace(product, shape, kernel, context))
+            descriptors.append(_replace(product, part, kernel, context))
     return descriptors
 
 
-def _why_not(product: MatMul, context: RewriteContext) -> str | None:
+def _part_of(product: MatMul, *, can_keep_b: bool) -> MatMul:
+    """Return one of the shorter products that a product is the sum of, as a batch of them; itself where it stays whole.
+
+    Args:
+        product: the product.
+        can_keep_b: B is split ahead of the calls, as it is.
+    """
+    left, blocks = fake_of(product.a), _num_blocks(product, 128, 128)
+    if can_keep_b or product.num_batches != 1 or left is None or left.dim() != 2 or 2 * blocks > _NUM_MULTIPROCESSORS:
+        return product
+    num_parts = 2 ** int(math.log2(2 * _NUM_MULTIPROCESSORS / blocks))
+    while num_parts > 1 and (product.num_k % (8 * num_parts) or product.num_k < _LEAST_PART * num_parts):
+        num_parts //= 2
+    return dataclasses.replace(product, num_batches=num_parts, num_k=product.num_k // num_parts)
+
+
+def _why_not(product: MatMul, part: MatMul, context: RewriteContext) -> str | None:
     tensors = [fake_of(node) for node in (product.a, product.b, product.bias, product.node) if node is not None]
     if any(tensor is None or tensor.dtype is not torch.float32 for tensor in tensors):
         return "an operand or the result is not float32"
@@ -93,10 +115,10 @@ def _why_not(product: MatMul, context: RewriteContext) -> str | None:
     sizes = (product.num_m, product.num_n, product.num_k)
     if min(sizes) < _LEAST_SIDE and not (product.num_k == min(sizes) and product.num_k >= _LEAST_K):
         return f"a product of {product.num_batches} x {sizes} has too short a side"
-    most_chunk = _most_chunk(product)
+    most_chunk = _most_chunk(product, part)
     if most_chunk is None:
         return f"for {product.num_batches} x {sizes} SGEMM adds in so short chains that its error may be under ours"
-    gain = estimated_gain(product, can_keep_b=_can_keep(product.b, context), most_chunk=most_chunk)
+    gain = estimated_gain(part, can_keep_b=_can_keep(product.b, context), most_chunk=most_chunk)
     if math.prod(sizes) * product.num_batches < _LEAST_VOLUME or gain < _LEAST_GAIN:
         return f"a product of {product.num_batches} x {sizes} is not bound by arithmetic enough to gain"
     return None
@@ -110,11 +132,16 @@ def _is_full_precision() -> bool:
         return False
 
 
-def _most_chunk(product: MatMul) -> int | None:
-    """Return the longest K_CHUNK whose error is no more than SGEMM's; None where none of them has so little."""
+def _most_chunk(product: MatMul, part: MatMul) -> int | None:
+    """Return the longest K_CHUNK whose error is no more than SGEMM's; None where none of them has so little.
+
+    Args:
+        product: what SGEMM adds up.
+        part: what the kernel does.
+    """
     allowed = _MOST_ERROR_RATIO * _sgemm_error(product)
     for chunk, bias, growth in _OUR_ERRORS:
-        if allowed >= math.hypot(bias, growth * math.sqrt(product.num_k)):
+        if allowed >= math.hypot(bias, growth * math.sqrt(part.num_k)):
             return chunk
     return None
 
@@ -164,13 +191,25 @@ def estimated_gain(product: MatMul, *, can_keep_b: bool, most_chunk: int = 128) 
     rate = _SPLIT_FLOP_PER_S * max(_share_busy(product, 128, 128), 0.85 * _share_busy(product, 64, 128))
     # A block fills its pipeline and writes its result while the tensor cores wait.
     rate *= k / (k + _K_LOST) * (1.0 if most_chunk > 32 else _CHUNK_32_RATE)
-    values = m * k + (0 if can_keep_b else n * k)
-    # Splitting reads a value once or twice and writes two halves of it.
-    split_s = batches * values * 12 / _BYTES_PER_S
+    left = fake_of(product.a)
+    bytes_per_s = _bytes_per_s(None if left is None else left.device)
+    # Splitting reads a value once, where a row fits a block, or twice, and writes two halves of it.
+    is_read_once = left is not None and left.stride(-1) == 1 and k <= _ONE_BLOCK_K
+    split_s = batches * (m * k * (8 if is_read_once else 12) + (0 if can_keep_b else 12 * n * k)) / bytes_per_s
     num_launches = 2 if can_keep_b else 4
-    ours_s = max(flops / rate, 4 * batches * (m * n + m * k + n * k) / _BYTES_PER_S) + split_s
+    ours_s = max(flops / rate, 4 * batches * (m * n + m * k + n * k) / bytes_per_s) + split_s
     sgemm_s = flops / (_SGEMM_FLOP_PER_S * k / (k + _SGEMM_K_LOST))
     return sgemm_s / (ours_s + num_launches * _LAUNCH_S)
+
+
+@functools.cache
+def _bytes_per_s(device: torch.device | None) -> float:
+    """Return what passes over memory reach: four fifths of the device's peak, or what they reach on an H100."""
+    if device is None or device.type != "cuda" or not torch.cuda.is_available():
+        return _BYTES_PER_S
+    facts = torch.cuda.get_device_properties(device)
+    peak = 2e3 * getattr(facts, "memory_clock_rate", 0) * getattr(facts, "memory_bus_width", 0) / 8
+    return 0.8 * peak or _BYTES_PER_S
 
 
 def _share_busy(product: MatMul, block_m: int, block_n: int) -> float:
@@ -180,15 +219,16 @@ def _share_busy(product: MatMul, block_m: int, block_n: int) -> float:
     return product.num_batches * product.num_m * product.num_n / covered
 
 
-def _replace(product: MatMul, shape: tuple[int, ...], kernel: Kernel, context: RewriteContext) -> PatchDescriptor:
-    activation, last = _activation_after(product.node)
-    most_chunk = _most_chunk(product)
+def _replace(product: MatMul, part: MatMul, kernel: Kernel, context: RewriteContext) -> PatchDescriptor:
+    is_whole = part == product
+    activation, last = _activation_after(product.node) if is_whole else ("none", product.node)
+    most_chunk = _most_chunk(product, part)
     assert most_chunk is not None
     gone = [product.node] if last is product.node else [product.node, last]
     is_kept = _can_keep(product.b, context)
     config: dict[str, JsonValue] = {
         "kernel": kernel.config.key(),
-        "shape": list(shape),
+        "shape": [part.num_batches, *part.shape],
         "activation": activation,
         "most_chunk": most_chunk,
         "is_weight_split_before": is_kept,
@@ -196,11 +236,26 @@ def _replace(product: MatMul, shape: tuple[int, ...], kernel: Kernel, context: R
     descriptor = context.describe(ACTION, product.node, gone, f"kernel {kernel.name}", config, kernel.content_hash)
     b, exponent = _right_operand(product, is_kept, kernel, context)
     options: dict[str, Any] = {"activation": activation} | ({"most_chunk": most_chunk} if most_chunk < 128 else {})
-    call = context.call(product.node, kernel.call, product.a, b, product.bias, exponent, **options)
+    if is_whole:
+        call = context.call(product.node, kernel.call, product.a, b, product.bias, exponent, **options)
+    else:
+        call = _sum_of_parts(product, part, b, kernel, context, options)
     call.meta["example_value"] = fake_of(last)
     last.replace_all_uses_with(call)
     erase_unused(gone)
     return descriptor
+
+
+def _sum_of_parts(
+    product: MatMul, part: MatMul, b: fx.Node, kernel: Kernel, context: RewriteContext, options: dict[str, Any]
+) -> fx.Node:
+    """Insert a product as a batch of products over parts of K, and their sum."""
+    before, sizes = product.node, (part.num_batches, part.num_k)
+    parts_of_a = context.call(before, torch.transpose, context.call(before, torch.unflatten, product.a, 1, sizes), 0, 1)
+    parts_of_b = context.call(before, torch.unflatten, b, 0, sizes)
+    products = context.call(before, kernel.call, parts_of_a, parts_of_b, None, None, **options)
+    total = context.call(before, torch.sum, products, 0)
+    return total if product.bias is None else context.call(before, torch.add, total, product.bias)
 
 
 def _can_keep(b: fx.Node, context: RewriteContext) -> bool:
