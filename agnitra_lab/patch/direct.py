@@ -133,9 +133,8 @@ def untracked_memory(call: Callable[[], Any], given: Sequence[Any], liveness: Li
     """
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    # Results are kept, so that none of their addresses is used twice.
-    alive: list[Tensor] = [leaf for leaf in [*given, *liveness.tensors] if isinstance(leaf, Tensor)]
-    known = {tensor.untyped_storage().data_ptr() for tensor in alive}
+    # Memory that was there before is no op's to be given, so an address that an op was given stays the call's.
+    known = {leaf.untyped_storage().data_ptr() for leaf in [*given, *liveness.tensors] if isinstance(leaf, Tensor)}
     found: list[str] = []
 
     class Watch(TorchDispatchMode):
@@ -149,7 +148,6 @@ def untracked_memory(call: Callable[[], Any], given: Sequence[Any], liveness: Li
             for value in _pytree.tree_leaves(result):
                 if _is_on_cuda(value):
                     known.add(value.untyped_storage().data_ptr())
-                    alive.append(value)
             return result
 
     with torch.no_grad(), Watch():

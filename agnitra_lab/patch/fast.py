@@ -102,7 +102,10 @@ class FastPath:
 
 
 def walls_ms(
-    paths: Sequence[FastPath], args: tuple[Any, ...], kwargs: Mapping[str, Any], restore: Callable[[], None]
+    paths: Sequence[Callable[[tuple[Any, ...], Mapping[str, Any]], Any]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    restore: Callable[[], None],
 ) -> list[float]:
     """Return the wall time of one call by each path in ms, idle to idle; `restore` puts back what it writes.
 

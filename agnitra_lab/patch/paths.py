@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from agnitra_lab.contracts.workload import Workload
 from agnitra_lab.device.graphs import Watched, everywhere
 from agnitra_lab.errors import PatchError
-from agnitra_lab.patch.backend import Backend
+from agnitra_lab.patch.backend import Backend, first_line
 from agnitra_lab.patch.direct import DirectCall, unchanged_attributes, untracked_memory
 from agnitra_lab.patch.ends import Arguments, Change, Ends, Result, changes, flat, held
 from agnitra_lab.patch.fast import Check, FastPath, Run, walls_ms
@@ -72,8 +72,7 @@ class Paths:
         self.has_captured = True
         direct_ms, graphed_ms = self._walls_ms([path, graphed])
         if graphed_ms > direct_ms:
-            figures = f"{graphed_ms:.3f} ms against {direct_ms:.3f} ms"
-            return path, f"copying the inputs into the graph costs more than it saves: {figures}"
+            return path, _too_many_copies(graphed_ms, direct_ms)
         return graphed, None
 
     def of_eager(self) -> FastPath:
@@ -94,10 +93,15 @@ class Paths:
         """
         try:
             path = self._whole(compiled, backend.guards, backend.watched)
-        except PatchError as error:
-            same = error.message == reason
-            return None, reason if same else f"{reason}, and a replay of them all was not possible: {error.message}"
+        except (PatchError, RuntimeError) as error:
+            # Too little memory for it is no reason to lose the candidate.
+            problem = error.message if isinstance(error, PatchError) else first_line(error)
+            same = problem == reason
+            return None, reason if same else f"{reason}, and a replay of them all was not possible: {problem}"
         self.has_captured = True
+        through_dynamo_ms, graphed_ms = self._walls_ms([lambda args, kwargs: compiled(*args, **kwargs), path])
+        if graphed_ms > through_dynamo_ms:
+            return None, _too_many_copies(graphed_ms, through_dynamo_ms)
         return path, None
 
     def _whole(
@@ -177,8 +181,13 @@ class Paths:
     def _path(self, name: str, run: Run, ends: Ends, guards: Sequence[WeightGuard], *, is_pure: bool) -> FastPath:
         return FastPath(name, run, ends, self._checks, guards, is_pure=is_pure)
 
-    def _walls_ms(self, paths: Sequence[FastPath]) -> list[float]:
+    def _walls_ms(self, paths: Sequence[Callable[[tuple[Any, ...], Mapping[str, Any]], Any]]) -> list[float]:
         try:
             return walls_ms(paths, self._workload.args, self._workload.kwargs, self._state.restore)
         finally:
             self._state.restore()
+
+
+def _too_many_copies(graphed_ms: float, other_ms: float) -> str:
+    figures = f"{graphed_ms:.3f} ms against {other_ms:.3f} ms"
+    return f"copying the inputs into the graph costs more than it saves: {figures}"

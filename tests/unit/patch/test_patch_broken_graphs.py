@@ -19,6 +19,8 @@ X = torch.linspace(-1, 1, 2 * 5 * 12).reshape(2, 5, 12)
 @pytest.fixture(autouse=True)
 def a_capture_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
     fake_capture.install(monkeypatch)
+    # A replay without a GPU is the call and a copy.
+    monkeypatch.setattr(Paths, "_walls_ms", lambda self, paths: [2.0, 1.0])
     yield
     torch._dynamo.reset()
 
@@ -103,6 +105,33 @@ def test_what_python_does_beside_computing_is_not_left_out(change, reason):
     paths = Paths(made, MutableState.of(made).only_written(), [])
     path, found = paths.of_compiled(patch.model.__dict__["_agnitra_compiled"], patch._backend, should_capture=True)
     assert path is None and reason in found and not paths.has_captured
+
+
+def paths_of(model: nn.Module) -> tuple[Patch, Paths]:
+    made = workload(model, X)
+    patch = install(made, ["qkv_concat"], name="candidate", is_lowered=False)
+    return patch, Paths(made, MutableState.of(made).only_written(), [])
+
+
+def test_a_replay_that_takes_longer_than_the_call_through_dynamo_is_not_taken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Paths, "_walls_ms", lambda self, paths: [1.0, 2.0])
+    patch, paths = paths_of(build(Broken))
+    path, reason = paths.of_compiled(patch.model.__dict__["_agnitra_compiled"], patch._backend, should_capture=True)
+    assert path is None and reason is not None and "2.000 ms against 1.000 ms" in reason
+    assert paths.has_captured
+
+
+def test_too_little_memory_for_a_replay_leaves_the_candidate_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    def too_large(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("agnitra_lab.patch.paths.GraphedCall", too_large)
+    patch, paths = paths_of(build(Broken))
+    path, reason = paths.of_compiled(patch.model.__dict__["_agnitra_compiled"], patch._backend, should_capture=True)
+    assert path is None and reason is not None and "out of memory" in reason
+    assert not paths.has_captured
+    with torch.no_grad():
+        torch.testing.assert_close(patch.model(X)["states"], patch.model._orig_mod(X)["states"])
 
 
 def test_ops_of_the_graphs_are_seen_behind_dynamo_which_runs_no_compiled_code_inside_a_mode():
