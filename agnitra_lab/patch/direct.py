@@ -18,6 +18,7 @@ from torch.utils import _pytree
 from agnitra_lab.errors import PatchError
 from agnitra_lab.patch.ends import Result, changes, flat, held
 from agnitra_lab.patch.liveness import Liveness
+from agnitra_lab.patch.side_effects import Reached
 from agnitra_lab.patch.signature import PLAIN
 
 
@@ -27,6 +28,7 @@ class DirectCall:
     Args:
         compiled: the function that Dynamo compiled.
         record: runs its argument and returns the result, and (run, arguments, outputs) of every graph call inside.
+        model: what was compiled.
         liveness: the model's tensors.
         args: positional arguments of the traced call.
         kwargs: its keyword arguments.
@@ -43,13 +45,14 @@ class DirectCall:
         self,
         compiled: Callable[..., Any],
         record: Callable[[Callable[[], Any]], tuple[Any, list[tuple[Any, Sequence[Any], Any]]]],
+        model: Callable[..., Any],
         liveness: Liveness,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         given: Sequence[Any],
     ) -> None:
         before = held(given)
-        with unchanged_attributes(liveness):
+        with unchanged_attributes(model, liveness):
             result, calls = record(lambda: compiled(*args, **kwargs))
         if len(calls) != 1:
             raise PatchError(f"the call runs {len(calls)} compiled graphs, with Python between them")
@@ -78,15 +81,16 @@ class DirectCall:
 
 
 @contextmanager
-def unchanged_attributes(liveness: Liveness) -> Iterator[None]:
-    """Refuse a model that changes its own attributes in a call, or has hooks: nothing would do that in their place.
+def unchanged_attributes(model: Callable[..., Any], liveness: Liveness) -> Iterator[None]:
+    """Refuse a model that changes its own attributes in a call, or what its hooks reach: nothing would do that again.
 
     Raises:
-        PatchError: when a number, a flag or a tensor attribute is another one after the call, or hooks are there.
+        PatchError: when a number, a flag or a tensor attribute is another one after the call, or something is kept.
     """
-    if liveness.has_hooks:
-        raise PatchError("the model has forward hooks, which may do more than compute")
+    reached = Reached(model)
     yield
+    if reached.has_changed():
+        raise PatchError("a hook or function of the model keeps something of each call")
     if not liveness.has_the_same_attributes():
         raise PatchError("the model changes a Python value at each call")
     if not liveness.has_the_same_tensors():

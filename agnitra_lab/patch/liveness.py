@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -46,7 +46,8 @@ class Surroundings:
         tensors = [*module.parameters(), *module.buffers()]
         self.device_types = sorted({"cpu", *(tensor.device.type for tensor in tensors)})
         self.autocast = self._autocast()
-        tables = _hook_tables(module.modules())
+        tables = [table for owner in module.modules() for table in (owner._forward_hooks, owner._forward_pre_hooks)]
+        tables += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
         self.empty = [table for table in tables if not table]
         self.filled = [(table, list(table)) for table in tables if table]
         self._watch = DictWatch(tables)
@@ -69,22 +70,15 @@ class Surroundings:
         return None
 
 
-def _hook_tables(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
-    own = [table for owner in modules for table in (owner._forward_hooks, owner._forward_pre_hooks)]
-    return [*own, nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
-
-
 class Liveness:
     """Identity and address of every tensor of a model, identity of its modules, value of every plain attribute.
 
     Attributes:
         tensors: parameters, buffers and tensor attributes.
-        has_hooks: whether Python that is not the model's runs in a call.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
         modules = list(model.modules()) if isinstance(model, nn.Module) else []
-        self.has_hooks = any(_hook_tables(modules))
         self._tables: list[dict[str, Any]] = [
             table for owner in modules for table in (owner._parameters, owner._buffers, owner._modules) if table
         ]

@@ -128,7 +128,7 @@ class Paths:
 
         versions = self._liveness.versions()
         try:
-            with torch.no_grad(), unchanged_attributes(self._liveness):
+            with torch.no_grad(), unchanged_attributes(self._workload.model, self._liveness):
                 op = untracked_memory(lambda: call(self._workload.model, first), first, self._liveness)
                 self._state.restore()
                 result = Result(*call(run_model, first))
@@ -157,7 +157,7 @@ class Paths:
         versions = self._liveness.versions()
         args, kwargs = self._workload.args, self._workload.kwargs
         try:
-            direct = DirectCall(compiled, backend.record, self._liveness, args, kwargs, given)
+            direct = DirectCall(compiled, backend.record, self._workload.model, self._liveness, args, kwargs, given)
         finally:
             self._state.restore()
         return direct, not self._state.tensors and versions == self._liveness.versions()

@@ -13,6 +13,7 @@ from agnitra_lab.patch.install import Patch, install
 from agnitra_lab.patch.paths import Paths
 from agnitra_lab.patch.rollback import MutableState
 
+KEPT: list[int] = []
 X = torch.linspace(-1, 1, 2 * 5 * 12).reshape(2, 5, 12)
 
 
@@ -86,9 +87,9 @@ def test_a_changed_setting_goes_back_to_dynamo():
     ("change", "reason"),
     [
         (lambda model: setattr(model, "count", getattr(model, "count", 0) + 1), "Python value"),
-        (lambda model: model.register_forward_hook(lambda *given: None), "hooks"),
+        (lambda model: model.register_forward_hook(lambda *given: KEPT.append(1)), "a hook"),
     ],
-    ids=["counts its calls", "has hooks"],
+    ids=["counts its calls", "has a hook that keeps something"],
 )
 def test_what_python_does_beside_computing_is_not_left_out(change, reason):
     class Counting(Broken):
@@ -98,7 +99,7 @@ def test_what_python_does_beside_computing_is_not_left_out(change, reason):
             return super().forward(x)
 
     model = build(Counting)
-    if reason == "hooks":
+    if reason == "a hook":
         change(model)
     made = workload(model, X)
     patch = install(made, ["qkv_concat"], name="candidate", is_lowered=False)
