@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -228,6 +229,14 @@ def test_chunks_are_as_long_as_the_error_of_sgemm_allows(
     node: Any = None
     product = MatMul(node, node, node, None, True, 1, 512, 512, num_k)
     assert split_gemm._most_chunk(product, product) == expected
+
+
+def test_parts_of_a_sum_average_their_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_gemm, "_sgemm_error", lambda product: 1.72e-7)
+    node: Any = None
+    whole = MatMul(node, node, node, None, False, 1, 256, 256, 524_288)
+    assert split_gemm._most_chunk(whole, whole) is None
+    assert split_gemm._most_chunk(whole, dataclasses.replace(whole, num_batches=64, num_k=8192)) == 32
 
 
 def parts_of(num_m: int, num_n: int, num_k: int, *, can_keep_b: bool = False) -> tuple[int, int]:
