@@ -46,8 +46,10 @@ def check_comparable(workload: Workload) -> None:
     """Call the workload once, and find out whether its results can be held against others.
 
     Raises:
-        UsageError: as `check_runs`; and when it takes or gives tensors whose values nothing here could compare.
+        UsageError: as `check_runs`; when it takes or gives tensors whose values nothing here could compare; and when
+            part of it is TorchScript.
     """
+    _refuse_torch_script(workload)
     given = (workload.args, dict(workload.kwargs))
     for what, value in (("input", given), ("output", check_runs(workload))):
         for path, tensor in tensors(value):
@@ -58,3 +60,14 @@ def check_comparable(workload: Workload) -> None:
                     hint="Only dense tensors of values can be compared: put a wrapper around the model that converts "
                     "it.",
                 )
+
+
+def _refuse_torch_script(workload: Workload) -> None:
+    modules = workload.model.named_modules() if isinstance(workload.model, torch.nn.Module) else ()
+    name = next((name for name, module in modules if isinstance(module, torch.jit.ScriptModule)), None)
+    if name is not None:
+        part = f"{workload.name} has the TorchScript module {name}" if name else f"{workload.name} is TorchScript"
+        raise UsageError(
+            f"{part}, whose code no compiler or rewrite here can see, as torch.compile cannot.",
+            hint="Give the nn.Module that it was scripted or traced from.",
+        )

@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -70,7 +71,8 @@ def _functions_of(model: Callable[..., Any]) -> Iterator[Any]:
     yield from (*everywhere._global_forward_hooks.values(), *everywhere._global_forward_pre_hooks.values())
     for kind in classes:
         if kind.__module__.partition(".")[0] != "torch":
-            yield kind.forward  # type: ignore[attr-defined]
+            # Not by the class's own lookup, which TorchScript has changed.
+            yield inspect.getattr_static(kind, "forward")
 
 
 def _cells_of(function: Any) -> Iterable[types.CellType]:
@@ -107,7 +109,8 @@ def _values_of(function: Any) -> Iterator[Any]:
 def _plain_function(function: Any) -> types.FunctionType | None:
     while isinstance(function, functools.partial):
         function = function.func
-    function = getattr(function, "__func__", function)
+    if isinstance(function, (types.MethodType, staticmethod, classmethod)):
+        function = function.__func__
     return function if isinstance(function, types.FunctionType) else None
 
 

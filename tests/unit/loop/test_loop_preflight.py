@@ -42,3 +42,18 @@ def test_a_sparse_tensor_is_refused_by_its_place_before_anything_is_measured(is_
 
 def test_dense_values_of_any_kind_can_be_compared():
     check_comparable(Workload("case", nn.Linear(4, 2), (torch.ones(1, 4).expand(3, 4),)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    ("wrap", "what"),
+    [(lambda inner: inner, "case is TorchScript"), (nn.Sequential, "case has the TorchScript module 0")],
+    ids=["whole", "a part"],
+)
+@pytest.mark.parametrize("convert", [torch.jit.script, lambda model: torch.jit.trace(model, torch.ones(1, 4))])
+def test_torch_script_is_refused_with_what_to_give_instead(convert, wrap, what):
+    workload = Workload("case", wrap(convert(nn.Linear(4, 2))), (torch.ones(3, 4),))
+    check_runs(workload)
+    with pytest.raises(UsageError, match=what) as refused:
+        check_comparable(workload)
+    assert "nn.Module" in str(refused.value.hint)
