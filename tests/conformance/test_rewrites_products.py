@@ -231,6 +231,16 @@ def test_chunks_are_as_long_as_the_error_of_sgemm_allows(
     assert split_gemm._most_chunk(product, product) == expected
 
 
+def test_a_product_with_blocks_enough_is_tried_with_the_shortest_chunk_whatever_sgemm_does_with_one_sign(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(split_gemm, "_sgemm_error", lambda product: 1.0e-7)
+    node: Any = None
+    many, few = (MatMul(node, node, node, None, True, 1, side, side, 4096) for side in (2048, 512))
+    assert split_gemm._most_chunk(many, many) == 32
+    assert split_gemm._most_chunk(few, few) is None
+
+
 def test_parts_of_a_sum_average_their_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split_gemm, "_sgemm_error", lambda product: 1.72e-7)
     node: Any = None

@@ -40,6 +40,7 @@ _NUM_MULTIPROCESSORS = 132
 _K_LOST, _SGEMM_K_LOST = 192, 32
 """Rates of one H100, measured at 4096 x 4096 x 4096 and 1024 x 1024 x 4096 (tests/benchmarks/split_gemm.py); what short
 sums lose of them, on one H200 at K from 64 to 1024."""
+_LEAST_CHAIN = 256
 _CHAIN_ERROR = 1.23e-8
 """Of SGEMM for values of one sign, times the root of K: mean, relative; 64 to 4096, one H200."""
 _OUR_ERRORS = ((128, 4.2e-7, 8e-10), (64, 2.0e-7, 8e-10), (32, 8.5e-8, 2.1e-9))
@@ -134,7 +135,7 @@ def _is_full_precision() -> bool:
 
 
 def _most_chunk(product: MatMul, part: MatMul) -> int | None:
-    """Return the longest K_CHUNK whose error is no more than SGEMM's; None where none of them has so little.
+    """Return the longest K_CHUNK whose error is no more than SGEMM's; None where it may be more whatever the values.
 
     Args:
         product: what SGEMM adds up.
@@ -146,7 +147,17 @@ def _most_chunk(product: MatMul, part: MatMul) -> int | None:
     for chunk, bias, growth in _OUR_ERRORS:
         if allowed >= math.hypot(bias, growth * math.sqrt(chain)):
             return chunk
-    return None
+    # Of values of both signs ours is a fraction of SGEMM's error even where that splits long chains; on those of one
+    # sign the check of the candidate decides.
+    return _OUR_ERRORS[-1][0] if product.num_k >= _LEAST_CHAIN * _sgemm_splits(product) ** 2 else None
+
+
+def _sgemm_splits(product: MatMul) -> float:
+    """Return into how many sums SGEMM may split K to fill the GPU, on the safe side: its error falls as much.
+
+    Measured on an H100: 7 at 512 x 768 x 1024, 11 at 512 x 768 x 8192.
+    """
+    return max(1.0, 1.5 * _NUM_MULTIPROCESSORS / _num_blocks(product, 128, 128))
 
 
 def _sgemm_error(product: MatMul) -> float:
@@ -159,10 +170,7 @@ def _sgemm_error(product: MatMul) -> float:
         # Beside a model that fills the device there may be no room to ask.
         with contextlib.suppress(torch.OutOfMemoryError):
             return _asked_error(product.num_batches, *product.shape, product.is_b_transposed, fake.device)
-    # Into how many sums it may split K to fill the GPU, on the safe side: its error falls as much. Measured on an H100:
-    # 7 at 512 x 768 x 1024, 11 at 512 x 768 x 8192.
-    splits = max(1.0, 1.5 * _NUM_MULTIPROCESSORS / blocks)
-    return _CHAIN_ERROR * math.sqrt(product.num_k) / splits
+    return _CHAIN_ERROR * math.sqrt(product.num_k) / _sgemm_splits(product)
 
 
 @functools.lru_cache(maxsize=256)
