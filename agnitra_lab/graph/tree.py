@@ -71,22 +71,6 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     return _rebuild(value, change, {}, {})
 
 
-def replace_tensors(
-    value: Any, change: Callable[[torch.Tensor], torch.Tensor], above: frozenset[int] = frozenset()
-) -> Any:
-    """Put `change(tensor)` where each tensor is, in the very lists, mappings and objects; tuples alone are made anew.
-
-    For what a call returned: a caller's own cache among it stays that cache. Arguments as of `leaves`.
-    """
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    parts = parts_of(value) if id(value) not in above else None
-    if parts is None:
-        return value
-    old = [part for _, part in parts]
-    return put_parts(value, old, [replace_tensors(part, change, above | {id(value)}) for part in old])
-
-
 def put_parts(value: Any, old: Sequence[Any], new: Sequence[Any]) -> Any:
     """Put new parts for the old ones into a list, mapping or object; a tuple is made anew where they differ."""
     if all(ours is theirs for ours, theirs in zip(new, old, strict=True)):

@@ -70,6 +70,26 @@ def test_places_are_read_in_the_order_of_the_walk_and_filled_in_it(make: Any) ->
     assert list(map(id, held(places.put(other, new)))) == list(map(id, new))
 
 
+def test_tensors_are_replaced_in_the_very_cache_that_a_caller_holds() -> None:
+    cache, logits = Cache(), torch.ones(4)
+    for layer in cache.layers:
+        layer.keys, layer.values = torch.ones(2), torch.ones(3)
+    layers, value = cache.layers, {"logits": logits, "cache": cache, "pair": (logits, 7)}
+    places = Places(value)
+    result = places.put(value, [tensor * 2 for tensor in places.read(value) or ()])
+    assert result["cache"] is cache and cache.layers is layers
+    assert all(bool((tensor == 2).all()) for tensor in held(result))
+    assert result["pair"][1] == 7
+
+
+def test_an_object_that_refers_back_to_its_holder_is_filled_once() -> None:
+    cache = Cache(1)
+    assert cache.parent is cache
+    places = Places(cache)
+    places.put(cache, [torch.zeros_like(tensor) for tensor in places.read(cache) or ()])
+    assert cache.layers[0].keys.sum() == 0 and cache.parent is cache
+
+
 def test_what_is_built_otherwise_is_told_from_what_was_known() -> None:
     places = Places(output())
     longer, filled, without = output(3), output(), output()
